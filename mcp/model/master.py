@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+from mcp.model.definition import differences
 
 from mcp.model import deploy, placement, views
-from mcp.model.definition import differences
 from mcp.model.effects import (
     BusBack,
     CommandReceived,
@@ -82,7 +82,17 @@ from mcp.model.messages import (
     Working,
 )
 from mcp.model.names import is_node_name
-from mcp.model.saga import Answer, Ended, Job, Moved, Operation, Order, Out, Send, failed_from
+from mcp.model.saga import (
+    Answer,
+    Ended,
+    Job,
+    Moved,
+    Operation,
+    Order,
+    Out,
+    Send,
+    failed_from,
+)
 
 NewId = Callable[[], str]
 
@@ -403,7 +413,7 @@ class Master:
         if self._judge_at_s is not None and now_s >= self._judge_at_s:
             since_s, self._judge_at_s = self._judge_at_s - REJOIN_S, None
             for node in self.fleet.nodes.values():
-                if node.is_known and (node.last_seen_s or 0.0) < since_s:
+                if node.is_known and (node.last_seen_s or 0.0) <= since_s:
                     effects += self._probe(node)
         for node in self.fleet.overdue(now_s):
             node.feel(Sign.QUIET, now_s, f"no heartbeat for {views.age(now_s - (node.last_seen_s or now_s))}")
