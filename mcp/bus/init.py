@@ -75,12 +75,11 @@ def init_bus(
     }
     private = {
         place.ca_key_file: authority.key_pem,
-        place.cert_key_file: certificate.key_pem,
+        place.cert_file: certificate.text(),
         **{place.key_file(role): key.seed + "\n" for role, key in keys.items()},
     }
     public = {
         place.ca_file: authority.pem,
-        place.cert_file: certificate.pem,
         **{place.enrolment / name: to_text(entry) for name, entry in members.entries.items()},
         **configs,
     }

@@ -89,13 +89,8 @@ class ServerPlace:
 
     @property
     def cert_file(self) -> Path:
-        """The server's certificate."""
+        """The server's certificate and its private key in one file: they are replaced together or not at all."""
         return self.keys / "bus.pem"
-
-    @property
-    def cert_key_file(self) -> Path:
-        """The server's private key."""
-        return self.keys / "bus.key"
 
     def key_file(self, role: ConnectionRole) -> Path:
         """The nkey with which a part of the master, or the agent of its node, connects."""
@@ -104,6 +99,4 @@ class ServerPlace:
     @property
     def listen(self) -> Listen:
         """What of this stands in the server's configuration."""
-        return Listen(
-            address=self.address, port=self.port, cert_file=str(self.cert_file), key_file=str(self.cert_key_file)
-        )
+        return Listen(address=self.address, port=self.port, cert_file=str(self.cert_file))

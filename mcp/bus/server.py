@@ -193,10 +193,7 @@ def renew_certificate(place: ServerPlace, now_s: float) -> None:
         AdapterError: the old one is untouched.
     """
     authority = tls.Certificate(read_text(place.ca_file), read_private(place.ca_key_file))
-    made = tls.new_server_certificate(authority, now_s)
-    # A crash between the two leaves a pair that does not fit: `prepare` sees it and makes a new one.
-    write_whole(place.cert_key_file, made.key_pem, PRIVATE)
-    write_whole(place.cert_file, made.pem)
+    write_whole(place.cert_file, tls.new_server_certificate(authority, now_s).text(), PRIVATE)
 
 
 def prepare(place: ServerPlace, now_s: float) -> Path:
@@ -207,15 +204,10 @@ def prepare(place: ServerPlace, now_s: float) -> Path:
     """
     binary = find_binary(place.binary)
     members = roster.load(place.enrolment)
-    if _needs_certificate(place, now_s):
+    if tls.is_renewal_due(read_private(place.cert_file), now_s):
         renew_certificate(place, now_s)
     write_config(place, binary, members)
     return binary
-
-
-def _needs_certificate(place: ServerPlace, now_s: float) -> bool:
-    pem, key_pem = read_text(place.cert_file), read_private(place.cert_key_file)
-    return not tls.is_pair(pem, key_pem) or tls.is_renewal_due(pem, now_s)
 
 
 # -------------------------------------------------------------------- the port

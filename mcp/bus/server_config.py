@@ -48,7 +48,7 @@ class Listen:
     address: str
     port: int
     cert_file: str
-    key_file: str
+    """Certificate and private key, in one file."""
 
 
 @attrs.frozen(kw_only=True)
@@ -82,7 +82,7 @@ def render(listen: Listen, users: Iterable[User]) -> str:
             f"max_pending: {MAX_PENDING}",
             "tls {",
             f"  cert_file: {_quoted(_path(listen.cert_file))}",
-            f"  key_file: {_quoted(_path(listen.key_file))}",
+            f"  key_file: {_quoted(_path(listen.cert_file))}",
             "  handshake_first: true",
             '  min_version: "1.3"',
             "}",

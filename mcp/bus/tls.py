@@ -35,6 +35,10 @@ class Certificate:
     pem: str
     key_pem: str = attrs.field(repr=False)
 
+    def text(self) -> str:
+        """Return both, for one file."""
+        return self.pem + self.key_pem
+
 
 def new_authority(fleet: str, now_s: float) -> Certificate:
     """Make a self-signed EC P-256 authority that can only vouch for the bus's name."""
@@ -81,10 +85,13 @@ def new_server_certificate(authority: Certificate, now_s: float) -> Certificate:
 def fingerprint(pem: str) -> str:
     """Return the SHA-256 of a certificate (its DER bytes) as 64 hex digits: what a join token pins.
 
+    Other things may follow the certificate in the text.
+
     Raises:
-        ValueError: it is no certificate.
+        ValueError: there is no certificate.
     """
-    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.strip())).hexdigest()
+    first, end, _ = pem.strip().partition("-----END CERTIFICATE-----")
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(first + end)).hexdigest()
 
 
 def expires_at_s(pem: str) -> float:
@@ -111,18 +118,6 @@ def is_issued_by(pem: str, authority_pem: str) -> bool:
     except (InvalidSignature, TypeError, ValueError):
         return False
     return True
-
-
-def is_pair(pem: str, key_pem: str) -> bool:
-    """Say whether a private key belongs to a certificate."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
-
-    try:
-        key = serialization.load_pem_private_key(key_pem.encode(), password=None)
-        return key.public_key() == x509.load_pem_x509_certificate(pem.encode()).public_key()
-    except ValueError:
-        return False
 
 
 def _new_private_key() -> EllipticCurvePrivateKey:

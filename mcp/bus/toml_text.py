@@ -29,7 +29,7 @@ def _value(value: Value) -> str:
 
 
 def _string(text: str) -> str:
-    if "\n" in text and not any(c in text for c in '"\\\r\x7f'):
+    if "\n" in text and text.replace("\n", "").isprintable() and '"' not in text and "\\" not in text:
         return f'"""\n{text}"""'
     # A JSON string is a TOML string but for DEL, which TOML wants escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
