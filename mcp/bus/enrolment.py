@@ -76,6 +76,7 @@ class FileEnrolment:
         self._invitation_s = invitation_s
         self._mine = asyncio.Lock()
         self._binary: Path | None = None
+        self._damaged: tuple[str, ...] = ()
         self.is_live = True
         """Whether the running bus has the last change; False: no bus ran, it counts from its next start."""
 
@@ -91,8 +92,10 @@ class FileEnrolment:
 
     def _load(self) -> Roster:
         found = roster.load(self._place.enrolment)
-        for why in found.damaged:
-            log.warning("an enrolment file is damaged; who is in it cannot connect", extra={"file": why})
+        if found.damaged != self._damaged:  # said once, not at every look
+            for why in found.damaged:
+                log.warning("an enrolment file is damaged; who is in it cannot connect", extra={"file": why})
+            self._damaged = found.damaged
         return found
 
     # ----------------------------------------------------------------- joining

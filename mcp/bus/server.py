@@ -193,7 +193,13 @@ def renew_certificate(place: ServerPlace, now_s: float) -> None:
         AdapterError: the old one is untouched.
     """
     authority = tls.Certificate(read_text(place.ca_file), read_private(place.ca_key_file))
-    write_whole(place.cert_file, tls.new_server_certificate(authority, now_s).text(), PRIVATE)
+    try:
+        made = tls.new_server_certificate(authority, now_s)
+    except ValueError as error:
+        raise AdapterError(
+            f"cannot make a bus certificate: {place.ca_file} or {place.ca_key_file} is damaged", code="certificate"
+        ) from error
+    write_whole(place.cert_file, made.text(), PRIVATE)
 
 
 def prepare(place: ServerPlace, now_s: float) -> Path:
@@ -204,10 +210,23 @@ def prepare(place: ServerPlace, now_s: float) -> Path:
     """
     binary = find_binary(place.binary)
     members = roster.load(place.enrolment)
-    if tls.is_renewal_due(read_private(place.cert_file), now_s):
+    if _needs_certificate(place, now_s):
         renew_certificate(place, now_s)
     write_config(place, binary, members)
     return binary
+
+
+def _needs_certificate(place: ServerPlace, now_s: float) -> bool:
+    if not place.cert_file.exists():
+        return True
+    try:
+        return tls.is_renewal_due(read_private(place.cert_file), now_s)
+    except ValueError as error:
+        raise AdapterError(
+            f"cannot use {place.cert_file}: it holds no certificate",
+            code="certificate",
+            hint="Remove it and start again: the bus makes a new one, and no node notices.",
+        ) from error
 
 
 # -------------------------------------------------------------------- the port

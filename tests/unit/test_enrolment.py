@@ -20,6 +20,7 @@ from mcp.bus.keys import key_of, new_key, seed_of
 from mcp.bus.server import free_port
 from mcp.bus.system import NoBus
 from mcp.model.errors import AdapterError, NoAnswer, Refused
+from mcp.model.ports import Enrolment
 
 NOW_S = 1_800_000_000.0
 TOKEN = JoinToken(
@@ -64,6 +65,7 @@ class Fleet:
         self.place = self.made.place
         self.clock, self.bus = FakeClock(), FakeBus()
         self.enrolment = self.again()
+        self.port: Enrolment = self.enrolment
 
     def again(self, **limits: float) -> FileEnrolment:
         return FileEnrolment(self.place, self.clock, self.bus, **limits)  # type: ignore[arg-type]
@@ -73,7 +75,7 @@ class Fleet:
         return {path.name: path.read_text() for path in paths}
 
     async def names(self) -> list[str]:
-        return [node.name for node in await self.enrolment.nodes()]
+        return [node.name for node in await self.port.nodes()]
 
     async def joined(self, name: str) -> tuple[str, str]:
         """Invite and redeem; return the invitation and the node's public key."""
@@ -392,6 +394,17 @@ async def test_with_the_bus_down_the_change_stands_and_is_known_to_wait(fleet: F
     await offline.add_operator("kyle", "admin")
     assert not offline.is_live
     assert "operator kyle admin" in fleet.place.config_file.read_text()
+
+
+async def test_a_damaged_file_is_said_once_and_keeps_nobody_else_out(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    (fleet.place.enrolment / "node-orion.toml").write_text("name = ")
+    assert await fleet.names() == ["rift"]
+    await fleet.enrolment.add_operator("kyle", "admin")
+    assert [record.getMessage() for record in caplog.records].count(
+        "an enrolment file is damaged; who is in it cannot connect"
+    ) == 1
 
 
 async def test_a_crash_between_the_files_and_the_configuration_is_mended_at_the_next_start(fleet: Fleet) -> None:

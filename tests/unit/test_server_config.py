@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mcp.bus import permissions, roster, tls
 from mcp.bus.init import init_bus
-from mcp.bus.keys import key_of, new_key, seed_of
+from mcp.bus.keys import key_of, seed_of
 from mcp.bus.place import ServerPlace
 from mcp.bus.roster import Invitation, MasterPart, Node, Operator, Roster
 from mcp.bus.server import check, find_binary, free_port, port_owner, refuse_taken_port, refused_config, write_config
@@ -405,20 +405,22 @@ def test_a_certificate_is_written_over_several_lines() -> None:
 # ------------------------------------------------------------- the page in nats/
 
 
-def test_the_page_of_permissions_is_the_one_that_the_table_makes() -> None:
+def test_the_pages_in_nats_are_those_that_the_table_makes() -> None:
     done = subprocess.run(
         [sys.executable, "-m", permissions.__name__, "--check"], capture_output=True, text=True, timeout=30, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_stale_page_of_permissions_is_noticed(tmp_path: Path) -> None:
-    stale = tmp_path / "permissions.md"
-    stale.write_text(permissions.page() + "more\n")
-    assert permissions.main([str(stale), "--check"]) == 1
-    assert permissions.main([str(stale)]) == 0
-    assert permissions.main([str(stale), "--check"]) == 0
+def test_a_stale_page_is_noticed_and_written_anew(tmp_path: Path) -> None:
+    assert permissions.main([str(tmp_path), "--check"]) == 1
+    assert permissions.main([str(tmp_path)]) == 0
+    assert permissions.main([str(tmp_path), "--check"]) == 0
+    (tmp_path / "example.conf").write_text(permissions.example() + "more\n")
+    assert permissions.main([str(tmp_path), "--check"]) == 1
 
 
-def test_new_keys_are_not_in_the_page_of_permissions() -> None:
-    assert new_key().public_key not in permissions.page()
+def test_the_example_configuration_is_a_working_one(place: ServerPlace, tmp_path: Path) -> None:
+    here = tmp_path / "example.conf"
+    here.write_text(permissions.example().replace("/srv/mcp/keys/bus.pem", str(place.cert_file)))
+    assert check(find_binary(), here).startswith("sha256:")
