@@ -297,7 +297,8 @@ class FileEnrolment:
 
     async def _checked(self, draft: Path) -> str:
         if self._binary is None:
-            self._binary = find_binary(self._place.binary)
+            link = self._place.binary_link
+            self._binary = find_binary(self._place.binary or (str(link) if link.exists() else ""))
         try:
             return await check_aside(self._binary, draft)
         except AdapterError:
@@ -328,7 +329,7 @@ class FileEnrolment:
     async def _alone(self) -> AsyncIterator[None]:
         """One change at a time, in this process and among all of this machine."""
         async with self._mine:
-            handle = os.open(self._place.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
+            handle = _open_lock(self._place.lock_file)
             try:
                 await self._lock(handle)
                 yield
@@ -346,6 +347,17 @@ class FileEnrolment:
                 code="enrolment_busy",
                 retryable=True,
             ) from error
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
+    except OSError as error:
+        raise AdapterError(
+            f"cannot change who may connect: {path}: {(error.strerror or str(error)).lower()}",
+            code="not_initialised",
+            hint="Run this on the master's machine, as the user whom the bus's files belong to.",
+        ) from error
 
 
 def _is_locked_now(handle: int) -> bool:

@@ -59,6 +59,21 @@ def publish(draft: Path, path: Path) -> None:
         raise _file_error("write", path, error) from error
 
 
+def point_link(link: Path, target: Path) -> None:
+    """Have a symbolic link lead somewhere, without a moment in which there is none.
+
+    Raises:
+        AdapterError: it leads where it did.
+    """
+    draft = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+    try:
+        draft.symlink_to(target)
+        draft.replace(link)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise _file_error("write", link, error) from error
+
+
 def remove(path: Path) -> None:
     """Remove a file, durably; absent already is fine."""
     try:

@@ -148,6 +148,7 @@ def _write_all(
     except AdapterError:
         for path in written:
             path.unlink(missing_ok=True)
+        place.binary_link.unlink(missing_ok=True)
         if place.enrolment.is_dir():
             place.enrolment.rmdir()
         raise

@@ -12,7 +12,8 @@ from mcp.bus.join_token import JoinToken
 from mcp.bus.keys import KeyPair, new_key, read_key, write_key
 from mcp.bus.links import JoinLink
 from mcp.bus.nats_bus import BusAddress, Credential, connect
-from mcp.model.errors import BusUnreachable, McpError, NoAnswer, NotPermitted, Refused
+from mcp.bus.transport import Transport
+from mcp.model.errors import BusUnreachable, McpError, NoAnswer, NobodyListens, NotPermitted, Refused
 from mcp.model.messages import Join, Joined
 
 ANSWER_TIMEOUT_S = 15.0
@@ -40,6 +41,7 @@ async def join(token: JoinToken, newcomer: Newcomer, *, key_file: Path, ca_file:
     Raises:
         Refused: the node has joined before, or the invitation is used, expired or unknown.
         BusUnreachable: no bus there, or not the one that the token was made for; nothing was done.
+        NobodyListens: the bus is there and the master is not; nothing was done.
         NoAnswer: the bus is there and the master does not answer; the same token may be tried again.
         AdapterError: a file could not be written or read.
     """
@@ -53,7 +55,7 @@ async def join(token: JoinToken, newcomer: Newcomer, *, key_file: Path, ca_file:
     key = _new_key_in(key_file) if is_new else read_key(key_file)
     try:
         joined = await _show_key(token, newcomer, key)
-    except (Refused, BusUnreachable):
+    except (Refused, BusUnreachable, NobodyListens, NotPermitted):  # nothing was done
         if is_new:
             key_file.unlink(missing_ok=True)
         raise
@@ -71,16 +73,7 @@ def _new_key_in(path: Path) -> KeyPair:
 
 
 async def _show_key(token: JoinToken, newcomer: Newcomer, key: KeyPair) -> Joined:
-    address = BusAddress(host=token.address, port=token.port, fingerprint=token.fingerprint)
-    door = Credential(role="join", name=token.invitation, seed=token.seed)
-    try:
-        transport = await connect(address, door, forever=False, name="mcp-agent join")
-    except NotPermitted as error:
-        raise Refused(
-            "invitation_unknown",
-            f"cannot join: the bus at {token.address}:{token.port} does not know this invitation (used, or expired)",
-            hint="Ask for a new invitation: mcp node invite NAME",
-        ) from error
+    transport = await _enter(token)
     try:
         link = JoinLink(transport, token.invitation)
         shown = Join(
@@ -93,6 +86,24 @@ async def _show_key(token: JoinToken, newcomer: Newcomer, key: KeyPair) -> Joine
         return await link.join(shown, timeout_s=ANSWER_TIMEOUT_S)
     finally:
         await transport.close()
+
+
+async def _enter(token: JoinToken) -> Transport:
+    address = BusAddress(host=token.address, port=token.port, fingerprint=token.fingerprint)
+    door = Credential(role="join", name=token.invitation, seed=token.seed)
+    try:
+        return await connect(address, door, forever=False, name="mcp-agent join")
+    except NotPermitted:
+        # A connection in mid-handshake while the server reloads is refused once, whoever it is.
+        await asyncio.sleep(_TRY_AGAIN_S)
+    try:
+        return await connect(address, door, forever=False, name="mcp-agent join")
+    except NotPermitted as error:
+        raise Refused(
+            "unknown_invitation",
+            f"cannot join: the bus at {token.address}:{token.port} does not know this invitation (used, or expired)",
+            hint="Ask for a new invitation: mcp node invite NAME",
+        ) from error
 
 
 async def _prove(token: JoinToken, joined: Joined, key: KeyPair) -> None:
@@ -108,7 +119,7 @@ async def _prove(token: JoinToken, joined: Joined, key: KeyPair) -> None:
                     await transport.close()
                     return
                 except (NotPermitted, BusUnreachable) as error:
-                    # A connection in mid-handshake during the reload that lets us in is refused once.
+                    # The reload that lets us in may just be going on, or the bus restarting.
                     last = error
                 await asyncio.sleep(_TRY_AGAIN_S)
     except TimeoutError as error:

@@ -63,6 +63,11 @@ class ServerPlace:
         return self.state / "nats-server.conf"
 
     @property
+    def binary_link(self) -> Path:
+        """A link to the nats-server that this bus runs: changes are checked by the very same one."""
+        return self.state / "nats-server"
+
+    @property
     def enrolment(self) -> Path:
         """The folder with one small file for everything that may connect."""
         return self.state / "enrolment"

@@ -180,9 +180,8 @@ def load(folder: Path) -> Roster:
         AdapterError: the folder is not there.
     """
     try:
-        paths = sorted(folder.glob("*.toml"))
-        if not paths and not folder.is_dir():
-            raise FileNotFoundError(2, "No such file or directory")
+        # iterdir and not glob: that one takes a folder that we may not read for an empty one.
+        paths = sorted(path for path in folder.iterdir() if path.match("[!.]*.toml"))
     except OSError as error:
         raise AdapterError(
             f"cannot read the enrolment in {folder}: {(error.strerror or str(error)).lower()}",

@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from mcp.bus import roster, tls
-from mcp.bus.files import PRIVATE, publish, read_private, read_text, write_draft, write_whole
+from mcp.bus.files import PRIVATE, point_link, publish, read_private, read_text, write_draft, write_whole
 from mcp.bus.place import BusSettings, ServerPlace
-from mcp.bus.roster import Roster
+from mcp.bus.roster import MasterPart, Roster
 from mcp.bus.server_config import render
 from mcp.model.errors import AdapterError
 
@@ -110,8 +110,14 @@ def render_config(place: ServerPlace, members: Roster) -> str:
     """Return the configuration for these members.
 
     Raises:
-        AdapterError: code bad_bus_config: a name or a path would not be safe in it.
+        AdapterError: code bad_bus_config: a name or a path would not be safe in it; not_initialised: there is no master.
     """
+    if not any(isinstance(entry, MasterPart) and entry.name == "master" for entry in members.entries.values()):
+        raise AdapterError(
+            f"cannot configure the bus: nobody is enrolled in {place.enrolment}, not even the master",
+            code="not_initialised",
+            hint="Put the folder back from a copy, or start anew with `mcp init`.",
+        )
     try:
         return render(place.listen, members.users())
     except ValueError as error:
@@ -178,6 +184,7 @@ def write_config(place: ServerPlace, binary: Path, members: Roster) -> str:
         keep_refused(draft, place)
         raise
     publish(draft, place.config_file)
+    point_link(place.binary_link, binary)
     return digest
 
 

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,16 +21,20 @@ import nkeys
 import pytest
 
 from mcp.bus import tls
-from mcp.bus.enrolment import FileEnrolment
+from mcp.bus.codec import open_frame, seal
+from mcp.bus.enrolment import FileEnrolment, Reloads
 from mcp.bus.init import NewBus, init_bus
 from mcp.bus.join_token import parse_token
-from mcp.bus.keys import KeyPair, new_key, read_key
+from mcp.bus.joining import Newcomer, join
+from mcp.bus.keys import KeyPair, key_of, new_key, read_key
 from mcp.bus.nats_bus import BusAddress, Credential, connect
 from mcp.bus.place import ServerPlace
 from mcp.bus.server import ChildServer, find_binary, free_port, prepare
+from mcp.bus.subjects import ConnectionRole, may_answer, speaker
 from mcp.bus.system import OnDemand, System
-from mcp.bus.transport import Transport
-from mcp.model.errors import AdapterError, McpError
+from mcp.bus.transport import Frame, Transport
+from mcp.model.errors import AdapterError, BusUnreachable, McpError, NobodyListens, NotPermitted, Refused
+from mcp.model.messages import Failed, Join, Joined
 
 WAIT_S = 10.0
 
@@ -256,14 +261,23 @@ async def test_tls_before_version_3_is_not_spoken(shared: Bus) -> None:
 
 
 def operator_key(toml: str) -> KeyPair:
-    import tomllib
-
-    from mcp.bus.keys import key_of
-
     return key_of(tomllib.loads(toml)["operator"]["seed"])
 
 
 # ------------------------------------------------------------ changes while it runs
+
+
+class Timed:
+    """A reload with a stop-watch."""
+
+    def __init__(self, reloads: Reloads) -> None:
+        self._reloads = reloads
+        self.took_s = 0.0
+
+    async def reload(self, digest: str, *, only_if_other: bool = False) -> None:
+        began = time.perf_counter()
+        await self._reloads.reload(digest, only_if_other=only_if_other)
+        self.took_s = time.perf_counter() - began
 
 
 async def test_a_removed_node_is_cut_at_once_and_nobody_else_is(bus: Bus) -> None:
@@ -278,9 +292,10 @@ async def test_a_removed_node_is_cut_at_once_and_nobody_else_is(bus: Bus) -> Non
         took_s.append(time.perf_counter() - began)
 
     waiting = asyncio.create_task(cut())
-    await bus.enrolment.remove("orion")
+    reload = Timed(OnDemand(bus.as_system))
+    await FileEnrolment(bus.place, SystemClock(), reload).remove("orion")
     await waiting
-    print(f"removed and cut in {took_s[0] * 1000:.1f} ms")
+    print(f"removed and cut in {took_s[0] * 1000:.1f} ms, {reload.took_s * 1000:.1f} of them for the reload")
     assert took_s[0] < 1.0
     for other in others:
         await other.say()
@@ -360,6 +375,179 @@ async def test_a_bus_with_a_thousand_nodes_reloads_without_a_pause_that_anybody_
     await rift.say()
     assert not rift.is_cut
     await rift.close()
+
+
+# ----------------------------------------------------------------------- joining
+
+NEWCOMER = Newcomer(address="100.64.0.2", arch="arm64", version="0.1.0")
+
+
+class Door:
+    """The master's side of joining, as thin as can be: redeem, answer."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.shown: list[Join] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Door]:
+        self.hearing = await self._as("master")
+        self.answers = await self._as("answers")
+        await self.hearing.subscribe("mcp.join.*", self._on_join)
+        await self.hearing.flush()
+        try:
+            yield self
+        finally:
+            await self.hearing.close()
+            await self.answers.close()
+
+    async def _as(self, role: ConnectionRole) -> Transport:
+        me = Credential(role=role, name=role, seed=self.bus.key(role).seed)
+        return await connect(self.bus.address, me, forever=False, name=role)
+
+    def _on_join(self, frame: Frame) -> None:
+        task = asyncio.get_running_loop().create_task(self._answer(frame))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, frame: Frame) -> None:
+        letter = open_frame(frame)
+        self.shown.append(letter.message)
+        assert may_answer(frame.subject, frame.reply)
+        who = speaker(frame.subject)
+        assert who is not None
+        try:
+            node = await self.bus.enrolment.redeem(who[1], letter.message.public_key)
+        except McpError as error:
+            said = seal(frame.reply, Failed(code=error.code, reason=error.reason, hint=error.hint), frame="error")
+        else:
+            welcome = Joined(
+                node=node.name, role=node.role, ca_pem=self.bus.made.ca_pem, tls_name="mcp-bus", master="rift"
+            )
+            said = seal(frame.reply, welcome, frame="final")
+        await self.answers.publish(said)
+
+
+@pytest.fixture
+async def door(bus: Bus) -> AsyncIterator[Door]:
+    async with Door(bus).open() as door:
+        yield door
+
+
+def key_files(folder: Path) -> dict[str, Path]:
+    return {"key_file": folder / "keys" / "agent.nkey", "ca_file": folder / "keys" / "bus-ca.pem"}
+
+
+async def test_one_line_joins_a_node_and_its_private_key_stays_with_it(bus: Bus, door: Door, tmp_path: Path) -> None:
+    token, _ = await bus.enrolment.invite("orion", "worker")
+    files = key_files(tmp_path / "orion")
+    began = time.perf_counter()
+    joined = await join(parse_token(token), NEWCOMER, **files)
+    print(f"joined in {(time.perf_counter() - began) * 1000:.0f} ms")
+    assert (joined.node, joined.role, joined.master) == ("orion", "worker", "rift")
+    key = read_key(files["key_file"])
+    assert [shown.public_key for shown in door.shown] == [key.public_key]
+    assert files["ca_file"].read_text() == bus.made.ca_pem
+    assert sorted(path.name for path in (tmp_path / "orion" / "keys").iterdir()) == ["agent.nkey", "bus-ca.pem"]
+    assert (tmp_path / "orion" / "keys").stat().st_mode & 0o077 == 0
+    for path in bus.place.state.rglob("*"):
+        assert not path.is_file() or key.seed.encode() not in path.read_bytes()
+    orion = await bus.open(key)
+    await bus.enrolment.settle("orion")
+    await orion.say()
+    assert not orion.is_cut
+    await orion.close()
+
+
+async def test_a_token_that_was_used_and_settled_opens_nothing(bus: Bus, door: Door, tmp_path: Path) -> None:
+    token = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
+    await join(token, NEWCOMER, **key_files(tmp_path / "orion"))
+    with pytest.raises(Refused, match="orion has joined with this invitation"):
+        await join(token, NEWCOMER, **key_files(tmp_path / "thief"))
+    await bus.enrolment.settle("orion")
+    with pytest.raises(Refused, match="does not know this invitation"):
+        await join(token, NEWCOMER, **key_files(tmp_path / "thief"))
+    assert not list((tmp_path / "thief").rglob("*.*"))
+    assert [node.name for node in await bus.enrolment.nodes()] == ["orion", "rift"]
+
+
+async def test_a_node_that_joins_a_second_time_is_told_so_and_keeps_its_files(
+    bus: Bus, door: Door, tmp_path: Path
+) -> None:
+    files = key_files(tmp_path / "orion")
+    token = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
+    await join(token, NEWCOMER, **files)
+    before = files["key_file"].read_text()
+    with pytest.raises(Refused, match="in a fleet already"):
+        await join(token, NEWCOMER, **files)
+    assert files["key_file"].read_text() == before
+
+
+async def test_a_join_whose_answer_was_lost_goes_on_with_the_same_key(bus: Bus, door: Door, tmp_path: Path) -> None:
+    files = key_files(tmp_path / "orion")
+    token = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
+    await join(token, NEWCOMER, **files)
+    files["ca_file"].unlink()  # as if the node had been killed before it wrote this
+    joined = await join(token, NEWCOMER, **files)
+    assert joined.node == "orion"
+    assert door.shown[0] == door.shown[1]
+
+
+async def test_an_expired_token_opens_nothing(bus: Bus, door: Door, tmp_path: Path) -> None:
+    brief = FileEnrolment(bus.place, SystemClock(), OnDemand(bus.as_system), invitation_s=0.0)
+    token = parse_token((await brief.invite("orion", "worker"))[0])
+    with pytest.raises(Refused, match="the invitation has expired"):
+        await join(token, NEWCOMER, **key_files(tmp_path / "orion"))
+    await bus.enrolment.sweep()
+    with pytest.raises(Refused, match="does not know this invitation"):
+        await join(token, NEWCOMER, **key_files(tmp_path / "orion"))
+    assert not list((tmp_path / "orion").rglob("*.*"))
+
+
+async def test_a_token_with_the_id_of_another_invitation_opens_nothing(bus: Bus, door: Door, tmp_path: Path) -> None:
+    mine = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
+    other = parse_token((await bus.enrolment.invite("svc", "edge"))[0])
+    with pytest.raises(NotPermitted):
+        await join(attrs.evolve(mine, invitation=other.invitation), NEWCOMER, **key_files(tmp_path / "orion"))
+    assert door.shown == []
+
+
+async def test_a_token_pins_the_certificate_and_shows_nothing_to_another_server(
+    bus: Bus, door: Door, tmp_path: Path
+) -> None:
+    token = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
+    with pytest.raises(BusUnreachable):
+        await join(attrs.evolve(token, fingerprint="00" * 32), NEWCOMER, **key_files(tmp_path / "orion"))
+    assert door.shown == []
+    assert not list((tmp_path / "orion").rglob("*.*"))
+
+
+async def test_a_join_with_no_bus_there_leaves_nothing_behind(bus: Bus, door: Door, tmp_path: Path) -> None:
+    token = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
+    began = time.perf_counter()
+    with pytest.raises(BusUnreachable):
+        await join(attrs.evolve(token, port=free_port()), NEWCOMER, **key_files(tmp_path / "orion"))
+    assert time.perf_counter() - began < 5.0
+    assert not list((tmp_path / "orion").rglob("*.*"))
+
+
+async def test_a_join_without_a_master_says_that_nobody_listens(bus: Bus, tmp_path: Path) -> None:
+    token = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
+    with pytest.raises(NobodyListens):
+        await join(token, NEWCOMER, **key_files(tmp_path / "orion"))
+
+
+async def test_whoever_holds_a_token_may_do_nothing_but_join(bus: Bus) -> None:
+    token = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
+    holder = await bus.open(key_of(token.seed))
+    await holder.say(f"SUB _INBOX.join.{token.invitation}.> 1")
+    assert holder.refusals() == []
+    await holder.say(
+        "SUB mcp.> 2", "SUB _INBOX.join.> 3", "PUB mcp.node.orion.register 0", "", "PUB mcp.join.00000000 0", ""
+    )
+    assert len(holder.refusals()) == 4
+    await holder.close()
 
 
 # -------------------------------------------------------------- the system account

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +20,7 @@ from mcp.bus.enrolment import FileEnrolment
 from mcp.bus.init import NewBus, init_bus
 from mcp.bus.join_token import JoinToken, parse_token
 from mcp.bus.keys import key_of, new_key, seed_of
-from mcp.bus.server import free_port
+from mcp.bus.server import find_binary, free_port
 from mcp.bus.system import NoBus
 from mcp.model.errors import AdapterError, NoAnswer, Refused
 from mcp.model.ports import Enrolment
@@ -415,6 +418,43 @@ async def test_a_crash_between_the_files_and_the_configuration_is_mended_at_the_
     assert len(fleet.bus.loaded) == 1
     await fleet.enrolment.reconcile()
     assert len(fleet.bus.loaded) == 1
+
+
+async def test_a_change_is_checked_by_the_server_that_runs_wherever_that_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = tmp_path / "elsewhere" / "nats-server"
+    binary.parent.mkdir()
+    binary.symlink_to(find_binary())
+    made = init_bus(tmp_path / "home", "127.0.0.1", free_port(), "rift", now_s=NOW_S, binary=str(binary))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    monkeypatch.setattr("sys.prefix", "/nowhere")
+    unaware = FileEnrolment(attrs.evolve(made.place, binary=""), FakeClock(), FakeBus())
+    await unaware.add_operator("kyle", "admin")
+    assert made.place.binary_link.readlink() == binary
+
+
+async def test_an_enrolment_that_is_gone_is_never_taken_for_an_empty_one(fleet: Fleet) -> None:
+    for path in fleet.place.enrolment.iterdir():
+        path.unlink()
+    with pytest.raises(AdapterError, match="not even the master"):
+        await fleet.enrolment.add_operator("kyle", "admin")
+    fleet.place.enrolment.rmdir()
+    with pytest.raises(AdapterError, match="cannot read the enrolment"):
+        await fleet.enrolment.add_operator("kyle", "admin")
+    fleet.place.state.rename(fleet.place.state.with_name("gone"))
+    with pytest.raises(AdapterError, match="cannot change who may connect: .*no such file") as caught:
+        await fleet.enrolment.add_operator("kyle", "admin")
+    assert "master's machine" in caught.value.hint
+
+
+def test_the_master_and_the_agents_do_not_pay_for_the_certificate_library() -> None:
+    code = (
+        "import sys, mcp.bus.enrolment, mcp.bus.joining, mcp.bus.system\n"
+        "assert not {'cryptography', 'nacl', 'ctypes'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
 
 
 async def test_nothing_is_reloaded_when_nothing_changes(fleet: Fleet) -> None:
