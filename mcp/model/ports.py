@@ -7,7 +7,14 @@ from typing import Literal, Protocol
 
 import attrs
 
-from mcp.model.messages import ContainerState, EngineState, ImageFacts, LogLine, OperationRecord, Resources
+from mcp.model.messages import (
+    ContainerState,
+    EngineState,
+    ImageFacts,
+    LogLine,
+    OperationRecord,
+    Resources,
+)
 from mcp.model.spec import HealthSpec, ServiceSpec
 
 Progress = Callable[[str, int, int], None]
