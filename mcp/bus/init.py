@@ -24,6 +24,9 @@ from mcp.model.names import is_node_name
 
 Tables = Mapping[str, Table]
 
+_CONNECTIONS: tuple[ConnectionRole, ...] = ("master", "answers", "system", "agent")
+"""What the first machine connects as: the master's three, and its node's agent."""
+
 
 @attrs.frozen(kw_only=True)
 class NewBus:
@@ -34,7 +37,7 @@ class NewBus:
     master_config: Path
     agent_config: Path
     ca_pem: str
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
 
 
 def init_bus(
@@ -62,36 +65,32 @@ def init_bus(
     _refuse_second_init(home, place)
     found = find_binary(binary)
     refuse_taken_port(address, port)
-    keys: dict[ConnectionRole, KeyPair] = {role: new_key() for role in ("master", "answers", "system", "agent")}
+    keys = {role: new_key() for role in _CONNECTIONS}
     members = Roster.of(_first_members(master_node, keys))
     authority = tls.new_authority(master_node, now_s)
-    certificate = tls.new_server_certificate(authority, now_s)
-    configs = {
-        home / "mcp-bus.toml": _bus_toml(place),
-        home / "mcp-master.toml": _master_toml(home, place, master_node, master_tables or {}),
-        home / "mcp-agent.toml": agent_toml(
-            home, master_node, "master", address, bus=(address, port), tables=agent_tables or {}
-        ),
-    }
-    private = {
-        place.ca_key_file: authority.key_pem,
-        place.cert_file: certificate.text(),
-        **{place.key_file(role): key.seed + "\n" for role, key in keys.items()},
-    }
-    public = {
-        place.ca_file: authority.pem,
-        **{place.enrolment / name: to_text(entry) for name, entry in members.entries.items()},
-        **configs,
-    }
-    _write_all(place, found, members, private, public)
-    return NewBus(
+    made = NewBus(
         place=place,
         bus_config=home / "mcp-bus.toml",
         master_config=home / "mcp-master.toml",
         agent_config=home / "mcp-agent.toml",
         ca_pem=authority.pem,
-        files=(*private, *public, place.config_file),
     )
+    private = {
+        place.ca_key_file: authority.key_pem,
+        place.cert_file: tls.new_server_certificate(authority, now_s).text(),
+        **{place.key_file(role): key.seed + "\n" for role, key in keys.items()},
+    }
+    public = {
+        place.ca_file: authority.pem,
+        **{place.enrolment / name: to_text(entry) for name, entry in members.entries.items()},
+        made.bus_config: _bus_toml(place),
+        made.master_config: _master_toml(home, place, master_node, master_tables or {}),
+        made.agent_config: agent_toml(
+            home, master_node, "master", address, bus=(address, port), tables=agent_tables or {}
+        ),
+    }
+    _write_all(place, found, members, private, public)
+    return attrs.evolve(made, files=(*private, *public, place.config_file))
 
 
 def _refuse_bad_names(place: ServerPlace, master_node: str) -> None:

@@ -24,7 +24,7 @@ from mcp.bus import tls
 from mcp.bus.codec import open_frame, seal
 from mcp.bus.enrolment import FileEnrolment, Reloads
 from mcp.bus.init import NewBus, init_bus
-from mcp.bus.join_token import parse_token
+from mcp.bus.join_token import JoinToken, parse_token
 from mcp.bus.joining import Newcomer, join
 from mcp.bus.keys import KeyPair, key_of, new_key, read_key
 from mcp.bus.nats_bus import BusAddress, Credential, connect
@@ -460,6 +460,20 @@ async def test_one_line_joins_a_node_and_its_private_key_stays_with_it(bus: Bus,
     await orion.close()
 
 
+async def test_nodes_that_join_at_once_while_the_bus_reloads_all_get_in(bus: Bus, door: Door, tmp_path: Path) -> None:
+    names = [f"n{n}" for n in range(8)]
+    tokens = [parse_token((await bus.enrolment.invite(name, "worker"))[0]) for name in names]
+
+    async def come(name: str, token: JoinToken) -> str:
+        joined = await join(token, NEWCOMER, **key_files(tmp_path / name))
+        await bus.enrolment.settle(name)
+        return joined.node
+
+    assert sorted(await asyncio.gather(*map(come, names, tokens))) == names
+    assert [node.name for node in await bus.enrolment.nodes()] == [*names, "rift"]
+    assert not list(bus.place.enrolment.glob("invitation-*"))
+
+
 async def test_a_token_that_was_used_and_settled_opens_nothing(bus: Bus, door: Door, tmp_path: Path) -> None:
     token = parse_token((await bus.enrolment.invite("orion", "worker"))[0])
     await join(token, NEWCOMER, **key_files(tmp_path / "orion"))
@@ -591,6 +605,28 @@ async def test_the_same_key_twice_shows_as_two_connections(shared: Bus) -> None:
         assert len((await system.connections())[key.public_key]) == 2
     for clone in clones:
         await clone.close()
+
+
+async def test_the_masters_watch_goes_on_after_the_bus_was_restarted(bus: Bus) -> None:
+    seed = bus.key("system").seed
+    transport = await connect(
+        bus.address, Credential(role="system", name="system", seed=seed), forever=True, name="watch"
+    )
+    system = System(transport)
+    gone: list[str] = []
+    system.on_gone = lambda key, *_: gone.append(key)
+    await system.start()
+    first = (await system.running()).server_id
+    bus.server.kill()
+    await until(lambda: not transport.is_connected)
+    bus.server.start()
+    await until(lambda: transport.is_connected)
+    assert (await system.running()).server_id != first
+    rift = await bus.open(bus.key("agent"))
+    await rift.close()
+    await until(lambda: gone == [bus.key("agent").public_key])
+    await FileEnrolment(bus.place, SystemClock(), system).add_operator("kyle", "admin")
+    await system.close()
 
 
 async def test_a_second_reload_of_the_same_is_not_done_when_asked_so(bus: Bus) -> None:

@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp.bus import permissions, roster, tls
-from mcp.bus.init import init_bus
-from mcp.bus.keys import key_of, seed_of
+from mcp.bus.init import init_bus, operator_toml
+from mcp.bus.keys import key_of, read_key, seed_of
 from mcp.bus.place import ServerPlace
 from mcp.bus.roster import Invitation, MasterPart, Node, Operator, Roster
 from mcp.bus.server import check, find_binary, free_port, port_owner, refuse_taken_port, refused_config, write_config
 from mcp.bus.server_config import Listen, User, endpoint, render
 from mcp.bus.subjects import DEPLOYING, LOOKING, Grant, grant, operator_grant
 from mcp.bus.toml_text import toml_text
+from mcp.config import load_agent, load_bus, load_cli, load_master
 from mcp.model.catalogue import CATALOGUE, Lane
 from mcp.model.errors import AdapterError, Refused
 
@@ -385,6 +386,33 @@ def test_the_private_files_of_a_new_bus_are_private(tmp_path: Path) -> None:
     assert agent["node"]["role"] == "master"
     assert Path(agent["bus"]["key_file"]).exists()
     assert tls.is_issued_by(made.place.cert_file.read_text(), Path(agent["bus"]["ca_file"]).read_text())
+
+
+def test_what_init_writes_is_what_the_programs_read(tmp_path: Path) -> None:
+    port = free_port()
+    made = init_bus(tmp_path, "127.0.0.1", port, "rift", now_s=NOW_S, master_tables={"limits": {"max_nodes": 4}})
+    assert ServerPlace.of(load_bus(made.bus_config)) == made.place
+    master, agent = load_master(made.master_config), load_agent(made.agent_config)
+    assert (master.node, master.max_nodes, agent.name, agent.role) == ("rift", 4, "rift", "master")
+    assert ServerPlace(master.bus.address, master.bus.port, Path(master.enrolment), Path(master.keys)) == made.place
+    entries = roster.load(made.place.enrolment).entries
+    for part, file in (
+        ("master", master.bus.key_file),
+        ("answers", master.answers_key_file),
+        ("system", master.system_key_file),
+    ):
+        assert entries[f"part-{part}.toml"].public_key == read_key(Path(file)).public_key
+    assert entries["node-rift.toml"].public_key == read_key(Path(agent.bus.key_file)).public_key
+    for access in (master.bus, agent.bus):
+        assert (access.port, access.tls_name, Path(access.ca_file).read_text()) == (port, "mcp-bus", made.ca_pem)
+
+
+def test_an_operators_file_is_what_the_command_line_reads(tmp_path: Path) -> None:
+    path = tmp_path / "kyle.mcp"
+    path.write_text(operator_toml("kyle", seed_of(b"k" * 32), "-----BEGIN\nabc=\n-----END\n", bus=("100.64.0.1", 4222)))
+    config = load_cli(path)
+    assert (config.operator, config.seed) == ("kyle", seed_of(b"k" * 32))
+    assert config.bus.ca_pem == "-----BEGIN\nabc=\n-----END\n"
 
 
 # ------------------------------------------------------------------------- TOML
