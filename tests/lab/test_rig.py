@@ -186,11 +186,14 @@ def test_an_engine_hangs_stops_and_crashes(lab: Lab) -> None:
 
 def test_a_power_cut_keeps_the_files_and_a_boot_brings_the_containers_back(lab: Lab) -> None:
     run(lab, "orion", "web:v1", "keep", "--restart always")
-    lab.on("orion", "echo kept >/srv/kept")
+    boot_id = "cat /proc/sys/kernel/random/boot_id"
+    booted = lab.on("orion", f"echo kept >/srv/kept; {boot_id}")
+    assert booted != lab.on("rift", boot_id)
     faults.crash(lab, "orion")
     assert lab.status()["nodes"]["orion"] == "off"
     faults.boot(lab, "orion")
     assert lab.on("orion", "cat /srv/kept") == "kept"
+    assert lab.on("orion", boot_id) != booted
     eventually("the container", lambda: running(lab, "orion") == ["keep"])
 
 

@@ -42,6 +42,10 @@ for n in 0:stdin 1:stdout 2:stderr; do ln -s "fd/${n%%:*}" "dev/${n#*:}"; done
 
 mount -t tmpfs -o mode=755 run run
 mount -t tmpfs -o mode=1777 tmp tmp
+# One kernel serves all nodes, yet each of their boots is one of its own.
+cat proc/sys/kernel/random/uuid >run/lab-boot-id
+chmod 444 run/lab-boot-id
+mount --bind run/lab-boot-id proc/sys/kernel/random/boot_id
 mount -t tmpfs -o mode=755 cgroup sys/fs/cgroup
 while IFS=: read -r _ h _; do
   case $h in ''|name=*) continue ;; esac
