@@ -219,6 +219,12 @@ class DockerEngine:
                 raise
         return True
 
+    async def labels(self, name: str) -> Mapping[str, str]:
+        """Return the labels of a container, {} when there is none (see Containers)."""
+        raw = await self._inspect(name)
+        found: Mapping[str, str] = (raw or {}).get("Config", {}).get("Labels") or {}
+        return found
+
     async def _inspect(self, name: str) -> dict[str, Any] | None:
         try:
             async with self._call(f"look at container {name}") as docker:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import attrs
@@ -122,6 +122,9 @@ class Containers(Protocol):
     async def remove(self, name: str) -> bool:
         """Remove, running or not, its anonymous volumes too; absent is not an error. Return whether it was there."""
 
+    async def labels(self, name: str) -> Mapping[str, str]:
+        """Return the labels of a container, {} when there is none: from them lost records are made anew (model/container.py)."""
+
 
 class ContainerOutput(Protocol):
     """What containers say and do."""
@@ -192,6 +195,9 @@ class Records(Protocol):
     Raises:
         AdapterError: code disk_full or records_failed; then the order is refused and nothing was accepted.
     """
+
+    rebuilt_reason: str
+    """Why the records had to be begun anew when they were opened; "" when they were not."""
 
     async def intents(self) -> list[Intent]:
         """Return all intents: at most one committed and one candidate for each service."""
