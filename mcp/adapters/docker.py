@@ -19,7 +19,7 @@ import aiodocker
 import aiohttp
 
 from mcp.adapters.docker_errors import translate
-from mcp.model.container import HASH_LABEL, OWNER, OWNER_LABEL, SERVICE_LABEL, read_labels
+from mcp.model.container import GENERATION_LABEL, HASH_LABEL, OWNER, OWNER_LABEL, SERVICE_LABEL, read_labels
 from mcp.model.errors import AdapterError
 from mcp.model.messages import ContainerState, ImageFacts, LogLine
 from mcp.model.ports import ContainerRequest, EngineEvent, EngineFacts, Progress
@@ -159,6 +159,15 @@ class DockerEngine:
                     if error.status != 404:  # gone since it was listed
                         raise
         return sorted((state for state in states if state), key=lambda s: s.name)
+
+    async def label(self, service: str, generation: int, name: str) -> str:
+        """Return a label of a generation's containers (see Containers)."""
+        wanted = [f"{OWNER_LABEL}={OWNER}", f"{SERVICE_LABEL}={service}", f"{GENERATION_LABEL}={generation}"]
+        async with self._call(f"read the labels of {service}") as docker:
+            for each in await docker.containers.list(all=True, filters={"label": wanted}):
+                if value := (each["Labels"] or {}).get(name):
+                    return str(value)
+        return ""
 
     async def create(self, request: ContainerRequest) -> ContainerState:
         """Create and do not start; ours of the same name and hash is adopted (see Containers)."""

@@ -9,7 +9,6 @@ import attrs
 
 from mcp.model.messages import (
     ContainerState,
-    EngineState,
     ImageFacts,
     LogLine,
     OperationRecord,
@@ -102,6 +101,9 @@ class Containers(Protocol):
     async def list(self, service: str = "") -> list[ContainerState]:
         """Return our containers (those with our labels), running or not, of one service or of all."""
 
+    async def label(self, service: str, generation: int, name: str) -> str:
+        """Return a label of the first container of a generation that has it; "" when none has."""
+
     async def create(self, request: ContainerRequest) -> ContainerState:
         """Create and do not start. A container of that name and spec hash is adopted, whatever state it is in.
 
@@ -154,8 +156,12 @@ class ContainerOutput(Protocol):
 class HealthChecks(Protocol):
     """Is something answering where the container should?"""
 
-    async def check(self, health: HealthSpec, address: str, port: int) -> str:
-        """Return "" when healthy, else what was seen ("connection refused", "HTTP 503"). Never raises; ends in 5 s."""
+    async def check(self, health: HealthSpec, address: str, port: int, *, speaks_http: bool) -> str:
+        """Return "" when healthy, else what was seen ("connection refused", "HTTP 503"). Never raises; ends in 5 s.
+
+        Without a path a connection must be accepted and held: the engine's own port forwarder accepts at once and hangs
+        up when nothing listens behind it. `speaks_http` lets the check ask for "/" to see that sooner.
+        """
 
 
 class Host(Protocol):
@@ -202,8 +208,11 @@ class Records(Protocol):
     async def intents(self) -> list[Intent]:
         """Return all intents: at most one committed and one candidate for each service."""
 
-    async def accept(self, intent: Intent) -> None:
-        """Write an intent, in place of the one of the same service and kind (candidate or committed)."""
+    async def accept(self, intent: Intent, ports: Mapping[tuple[str, str], int] | None = None) -> None:
+        """Write an intent, in place of the one of the same service and kind (candidate or committed).
+
+        With `ports`, (component, route) -> host port of that generation, in the same transaction.
+        """
 
     async def commit(self, service: str, generation: int) -> None:
         """Make the candidate of that generation the service's committed intent; done already is fine."""
@@ -211,14 +220,11 @@ class Records(Protocol):
     async def forget(self, service: str, generation: int, *, candidate_only: bool = False) -> None:
         """Drop a service's intents up to and including a generation (and its ports)."""
 
-    async def port(self, service: str, component: str, route: str, generation: int) -> int:
-        """Return the host port remembered for a route of a generation, 0 when none is."""
-
-    async def remember_port(self, service: str, component: str, route: str, generation: int, port: int) -> None:
-        """Write a host port down before it is used."""
+    async def ports_of(self, service: str, generation: int) -> dict[tuple[str, str], int]:
+        """Return the host ports of a generation: (component, route) -> port."""
 
     async def ports(self) -> set[int]:
-        """Return every host port in use by a generation."""
+        """Return every host port that any generation has."""
 
     async def finish(self, record: OperationRecord, reply: bytes) -> None:
         """Remember the end of an order with its encoded reply, so that the same order again gets the same answer."""
@@ -307,5 +313,3 @@ class Enrolment(Protocol):
     async def sweep(self) -> None:
         """Remove invitations that expired."""
 
-
-EngineProbe = Callable[[], EngineState]

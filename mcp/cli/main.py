@@ -1,0 +1,20 @@
+"""The door of the `mcp` program: it listens for Ctrl-C before anything else is loaded, then hands over to the commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from mcp.cli import interrupt
+
+
+def main() -> NoReturn:
+    """Run a command line and leave with its exit code (docs/cli.md)."""
+    interrupt.listen(as_json="--json" in sys.argv)
+    from mcp.cli import run  # now a Ctrl-C while things are loaded is answered in one line
+
+    run.leave(run.run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
