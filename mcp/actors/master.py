@@ -132,20 +132,27 @@ class MasterActor:
         async with asyncio.TaskGroup() as self._tasks:
             nodes = await self._enrolment.nodes()
             self._keys = {node.public_key: node.name for node in nodes}
-            self._link.on_flood = lambda node, is_flooding: self._post(FloodChanged(node=node, is_flooding=is_flooding))
+            self._link.on_flood = lambda node, is_flooding: self._post(
+                FloodChanged(node=node, is_flooding=is_flooding)
+            )
             self._link.on_bus_back = lambda: self._post(BusBack())
             await self._link.start(self._on_command, self._on_join)
             for node in nodes:
                 await self._link.watch(node.name, self._on_report)
             if self._disconnects:
                 await self._disconnects.watch(self._on_gone)
-            started = Started(nodes=tuple((node.name, node.role) for node in nodes), wall_s=self._clock.wall_s())
+            started = Started(
+                nodes=tuple((node.name, node.role) for node in nodes), wall_s=self._clock.wall_s()
+            )
             self._mailbox.put_nowait(started)
             self._tasks.create_task(self._speak(), name="speaker")
             self._tasks.create_task(self._beat(), name="ticks")
             self._tasks.create_task(self._sweep(), name="invitations")
             self.ready.set()
-            log.info("master started", extra={"node": self.master.rules.node, "epoch": self.master.epoch, "nodes": len(nodes)})
+            log.info(
+                "master started",
+                extra={"node": self.master.rules.node, "epoch": self.master.epoch, "nodes": len(nodes)},
+            )
             while True:
                 self._handle(await self._mailbox.get())
 
@@ -193,7 +200,13 @@ class MasterActor:
     def _on_command(self, request: Request) -> None:
         key = self._ask(request)
         if not self._post(CommandReceived(asker=key, operator=request.who, message=request.message)):
-            self._say(Say(asker=key, frame="error", message=Failed(code="busy", reason="the master has too much to do; try again")))
+            self._say(
+                Say(
+                    asker=key,
+                    frame="error",
+                    message=Failed(code="busy", reason="the master has too much to do; try again"),
+                )
+            )
 
     def _on_report(self, report: Report | Request) -> None:
         message = report.message
@@ -265,7 +278,12 @@ class MasterActor:
 
         try:
             reply = await self._link.order(
-                work.node, work.message, op=work.op, timeout_s=work.timeout_s, idle_s=work.idle_s, on_progress=progress
+                work.node,
+                work.message,
+                op=work.op,
+                timeout_s=work.timeout_s,
+                idle_s=work.idle_s,
+                on_progress=progress,
             )
             ended = WorkEnded(call=work.call, reply=reply)
         except CallFailed as error:
@@ -289,7 +307,12 @@ class MasterActor:
         if isinstance(message, NodeHealthChanged):
             log.warning(
                 "node health changed",
-                extra={"node": message.node, "health": message.health, "was": message.was, "reason": message.reason},
+                extra={
+                    "node": message.node,
+                    "health": message.health,
+                    "was": message.was,
+                    "reason": message.reason,
+                },
             )
             if message.health in ("unreachable", "unhealthy"):
                 self._streams.node_lost(message.node, message.health)
@@ -337,7 +360,10 @@ class MasterActor:
                     settings=self._welcome.settings,
                 )
             )
-            log.info("node joined", extra={"node": enrolled.name, "role": enrolled.role, "address": message.address})
+            log.info(
+                "node joined",
+                extra={"node": enrolled.name, "role": enrolled.role, "address": message.address},
+            )
         except McpError as error:
             log.warning("join refused: %s", error.reason, extra={"invitation": request.who})
             with suppress(BusError):
@@ -369,13 +395,18 @@ def parts_of(message: Any) -> Iterable[tuple[Any, bool]]:
     lean = attrs.evolve(message, services=())
     chunks: list[tuple[Any, ...]] = []
     for row in message.services:
-        if chunks and size_of(attrs.evolve(lean, services=(*chunks[-1], row), nodes=())) < MAX_BODY_BYTES // 2:
+        if (
+            chunks
+            and size_of(attrs.evolve(lean, services=(*chunks[-1], row), nodes=())) < MAX_BODY_BYTES // 2
+        ):
             chunks[-1] = (*chunks[-1], row)
         else:
             chunks.append((row,))
     bare = FleetStatus(master=message.master, epoch=message.epoch, is_learning=message.is_learning)
     count = len(chunks) + 1
-    made = [(attrs.evolve(bare, services=chunk, part=i + 1, parts=count), False) for i, chunk in enumerate(chunks)]
+    made = [
+        (attrs.evolve(bare, services=chunk, part=i + 1, parts=count), False) for i, chunk in enumerate(chunks)
+    ]
     return [*made, (attrs.evolve(lean, part=count, parts=count), True)]
 
 

@@ -53,7 +53,13 @@ class LogStreams:
         finally:
             del self._open[name]
         notes = [f"lost {node}" if leg.cancelled() else leg.result() for node, leg in stream.legs.items()]
-        say(Say(asker=effect.asker, frame="final", message=LogsEnded(notes=tuple(note for note in notes if note))))
+        say(
+            Say(
+                asker=effect.asker,
+                frame="final",
+                message=LogsEnded(notes=tuple(note for note in notes if note)),
+            )
+        )
 
     async def _leg(self, node: str, order: StreamLogs) -> str:
         try:

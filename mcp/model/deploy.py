@@ -56,7 +56,12 @@ def ask_for_images(job: Job) -> list[Order]:
         job.is_unchanged = True
         return []
     return [
-        Order(node=node, message=DescribeImages(images=wish.spec.images), timeout_s=IMAGE_QUESTION_S, idle_s=IMAGE_QUESTION_S)
+        Order(
+            node=node,
+            message=DescribeImages(images=wish.spec.images),
+            timeout_s=IMAGE_QUESTION_S,
+            idle_s=IMAGE_QUESTION_S,
+        )
         for node in placement.candidates(wish)
     ]
 
@@ -87,7 +92,10 @@ def choose_node(job: Job, answers: Sequence[Answer]) -> None:
     wish = wish_of(job)
     if not job.images:
         first = next(a.failure for a in answers if a.failure)
-        raise McpError(f"cannot place {job.service}: no node could say what its images are: {first.reason}", hint=first.hint)
+        raise McpError(
+            f"cannot place {job.service}: no node could say what its images are: {first.reason}",
+            hint=first.hint,
+        )
     job.node = placement.choose(wish, job.images)
     job.generation = job.fleet.highest_generation(job.service) + 1
     if job.world and job.world != world_of(job):
@@ -175,7 +183,9 @@ def stop_elsewhere(job: Job) -> list[Order]:
 def start_elsewhere(job: Job) -> list[Order]:
     """Take that back."""
     return [
-        Order(node=order.node, message=StartWorkload(service=job.service, generation=order.message.generation))
+        Order(
+            node=order.node, message=StartWorkload(service=job.service, generation=order.message.generation)
+        )
         for order in stop_elsewhere(job)
     ]
 
@@ -205,14 +215,22 @@ def keep_record(job: Job, answers: Sequence[Answer]) -> None:
 
 def candidate_debt(job: Job, _: Order) -> Debt:
     """What stays to be done when the node of a failed copy is away."""
-    return Debt(service=job.service, generation=job.generation, candidate_only=True, why=f"undo of operation {job.op}")
+    return Debt(
+        service=job.service, generation=job.generation, candidate_only=True, why=f"undo of operation {job.op}"
+    )
 
 
 def retire_others(job: Job) -> list[Order]:
     """Make the new copy the service's own and remove all older ones, wherever they are."""
-    commit = Order(node=job.node, message=CommitWorkload(service=job.service, generation=job.generation), timeout_s=180.0)
+    commit = Order(
+        node=job.node, message=CommitWorkload(service=job.service, generation=job.generation), timeout_s=180.0
+    )
     removals = [
-        Order(node=node.name, message=RemoveWorkload(service=job.service, generation=highest(record)), timeout_s=180.0)
+        Order(
+            node=node.name,
+            message=RemoveWorkload(service=job.service, generation=highest(record)),
+            timeout_s=180.0,
+        )
         for node, record in copies_elsewhere(job)
     ]
     return [commit, *removals]
@@ -223,7 +241,10 @@ def removal_debt(job: Job, order: Order) -> Debt | None:
     if not isinstance(order.message, RemoveWorkload):
         return None
     return Debt(
-        service=job.service, generation=order.message.generation, candidate_only=False, why=f"operation {job.op}"
+        service=job.service,
+        generation=order.message.generation,
+        candidate_only=False,
+        why=f"operation {job.op}",
     )
 
 
@@ -276,7 +297,9 @@ def not_deployed(job: Job, action: str) -> Refused:
     """Make the refusal for a service that nobody has."""
     known = ", ".join(job.fleet.service_names()) or "none"
     return Refused(
-        "not_deployed", f"cannot {action} {job.service}: it is not deployed (deployed: {known})", hint="`mcp status`"
+        "not_deployed",
+        f"cannot {action} {job.service}: it is not deployed (deployed: {known})",
+        hint="`mcp status`",
     )
 
 
@@ -303,7 +326,13 @@ def stop_workload(job: Job) -> list[Order]:
     if is_whole(record, active=False):
         job.is_unchanged = True
         return []
-    return [Order(node=node.name, message=StopWorkload(service=job.service, generation=record.generation), timeout_s=180.0)]
+    return [
+        Order(
+            node=node.name,
+            message=StopWorkload(service=job.service, generation=record.generation),
+            timeout_s=180.0,
+        )
+    ]
 
 
 def start_workload(job: Job) -> list[Order]:
@@ -313,17 +342,29 @@ def start_workload(job: Job) -> list[Order]:
     if is_whole(record, active=True):
         job.is_unchanged = True
         return []
-    return [Order(node=node.name, message=StartWorkload(service=job.service, generation=record.generation), timeout_s=180.0)]
+    return [
+        Order(
+            node=node.name,
+            message=StartWorkload(service=job.service, generation=record.generation),
+            timeout_s=180.0,
+        )
+    ]
 
 
 def restart_workload(job: Job) -> list[Order]:
     """Restart the service's containers."""
     node, record = at_home(job, "restart")
     if record.desired == "stopped":
-        raise Refused("stopped", f"cannot restart {job.service}: it is stopped", hint=f"`mcp start {job.service}`")
+        raise Refused(
+            "stopped", f"cannot restart {job.service}: it is stopped", hint=f"`mcp start {job.service}`"
+        )
     job.node, job.generation = node.name, record.generation
     return [
-        Order(node=node.name, message=RestartWorkload(service=job.service, generation=record.generation), timeout_s=300.0)
+        Order(
+            node=node.name,
+            message=RestartWorkload(service=job.service, generation=record.generation),
+            timeout_s=300.0,
+        )
     ]
 
 
@@ -332,7 +373,14 @@ STOP = (StepOf(name="stop", do=stop_workload),)
 START = (StepOf(name="start", do=start_workload),)
 RESTART = (StepOf(name="restart", do=restart_workload),)
 
-TABLES = {"deploy": DEPLOY, "plan": PLAN, "undeploy": UNDEPLOY, "stop": STOP, "start": START, "restart": RESTART}
+TABLES = {
+    "deploy": DEPLOY,
+    "plan": PLAN,
+    "undeploy": UNDEPLOY,
+    "stop": STOP,
+    "start": START,
+    "restart": RESTART,
+}
 """Every kind of operation and its steps."""
 
 

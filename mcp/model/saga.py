@@ -160,7 +160,12 @@ class Operation:
         order = self._calls.pop(call, None)
         if order is None or self.phase == "ended":
             return []
-        if answer.failure and answer.certainty == "unknown" and self.phase == "doing" and not self.is_cancelled:
+        if (
+            answer.failure
+            and answer.certainty == "unknown"
+            and self.phase == "doing"
+            and not self.is_cancelled
+        ):
             return self._wait_for(call, order, answer, now_s)
         self._answers.append(answer)
         return self._settle(now_s)
@@ -179,7 +184,10 @@ class Operation:
         out: list[Out] = []
         for call in back:
             order, _ = self._away.pop(call)
-            out += [self._show("running", now_s, f"{node} is back, asking again", node=node), self._send(order)]
+            out += [
+                self._show("running", now_s, f"{node} is back, asking again", node=node),
+                self._send(order),
+            ]
         return out
 
     def tick(self, now_s: float) -> list[Out]:
@@ -311,8 +319,10 @@ class Operation:
             assert answer.failure is not None
             self._leave(answer, "remove the old copy")
         self.failure = troubles[0].failure
-        return [self._show("leftover", now_s, troubles[0].failure.reason if troubles[0].failure else ""),
-                *self._end("unknown", now_s)]
+        return [
+            self._show("leftover", now_s, troubles[0].failure.reason if troubles[0].failure else ""),
+            *self._end("unknown", now_s),
+        ]
 
     # ------------------------------------------------------------------ undoing
 

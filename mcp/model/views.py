@@ -43,7 +43,11 @@ def node_problems(node: Node, fleet: Fleet, now_s: float, at: At) -> tuple[str, 
     """Say what is wrong with a node: what, since when, and what to do."""
     found: list[str] = []
     since = at(node.health_since_s)
-    last = f", last heard {age(now_s - node.last_seen_s)} ago by {node.last_seen_by}" if node.last_seen_s is not None else ""
+    last = (
+        f", last heard {age(now_s - node.last_seen_s)} ago by {node.last_seen_by}"
+        if node.last_seen_s is not None
+        else ""
+    )
     match node.health:
         case "unreachable":
             found.append(
@@ -68,7 +72,9 @@ def node_problems(node: Node, fleet: Fleet, now_s: float, at: At) -> tuple[str, 
         )
     if node.is_flooding:
         found.append(f"{node.name}: floods the bus and is muted for a moment")
-    found += [f"{node.name}: still to do when it is back: {debt.why}: `{debt.command}`" for debt in node.debts]
+    found += [
+        f"{node.name}: still to do when it is back: {debt.why}: `{debt.command}`" for debt in node.debts
+    ]
     found += [text if text.startswith(node.name) else f"{node.name}: {text}" for text in node.problems]
     return tuple(found)
 
@@ -106,7 +112,13 @@ def node_evidence(node: Node, fleet: Fleet, now_s: float, at: At) -> NodeEvidenc
         node=node_row(node, fleet, now_s, at),
         explanation=f"{node.name} is {node.health}: {EXPLANATIONS[node.health]}",
         evidence=tuple(
-            Evidence(at=at(seen.at_s), age_s=round(now_s - seen.at_s, 3), sign=seen.sign, health=seen.health, detail=seen.detail)
+            Evidence(
+                at=at(seen.at_s),
+                age_s=round(now_s - seen.at_s, 3),
+                sign=seen.sign,
+                health=seen.health,
+                detail=seen.detail,
+            )
             for seen in reversed(node.evidence)
         ),
     )
@@ -158,9 +170,7 @@ def record_memory(record: ServiceRecord, container: ContainerState) -> str:
     return "none"
 
 
-def service_row(
-    name: str, fleet: Fleet, now_s: float, *, zone: str, updating: str = ""
-) -> ServiceRow | None:
+def service_row(name: str, fleet: Fleet, now_s: float, *, zone: str, updating: str = "") -> ServiceRow | None:
     """Return a service as the status screen shows it; None when no node has it. `updating` is the node an operation is busy on."""
     copies = fleet.where(name)
     if not copies:
@@ -176,7 +186,9 @@ def service_row(
     ]
     missing = {c.name for c in record.spec.components} - {c.component for c in record.containers}
     if record.desired == "running" and node.health == "healthy" and not updating and record.generation > 0:
-        problems += [f"{component}: has no container; `mcp start {name}` makes it" for component in sorted(missing)]
+        problems += [
+            f"{component}: has no container; `mcp start {name}` makes it" for component in sorted(missing)
+        ]
     if node.health != "healthy":
         problems.append(f"last known state: {node.name} is {node.health}")
     return ServiceRow(
@@ -208,7 +220,12 @@ def routes_of(record: ServiceRecord, node: Node, zone: str) -> tuple[RouteRow, .
     rows = []
     for component in record.spec.components:
         container = next(
-            (c for c in record.containers if c.component == component.name and c.generation == record.generation), None
+            (
+                c
+                for c in record.containers
+                if c.component == component.name and c.generation == record.generation
+            ),
+            None,
         )
         rows += [
             RouteRow(
@@ -241,7 +258,9 @@ def orphan_rows(fleet: Fleet) -> list[ServiceRow]:
                     spec_hash=found[0].spec_hash,
                     generation=found[0].generation,
                     components=found,
-                    problems=(f"no accepted intent on {node.name}: `mcp deploy {service}` or `mcp undeploy {service}`",),
+                    problems=(
+                        f"no accepted intent on {node.name}: `mcp deploy {service}` or `mcp undeploy {service}`",
+                    ),
                 )
             )
     return rows

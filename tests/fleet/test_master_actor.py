@@ -14,6 +14,7 @@ from mcp.actors.master import MasterActor, Welcome
 from mcp.bus.calls import CallFailed
 from mcp.bus.links import AgentLink, JoinLink, MasterLink, OperatorLink, Order
 from mcp.bus.memory import MemoryBroker
+from mcp.model.commands import Commands
 from mcp.model.errors import NobodyListens, Refused
 from mcp.model.fleet import HealthRules
 from mcp.model.master import Master, MasterRules
@@ -381,7 +382,7 @@ async def test_a_bug_in_the_master_is_answered_and_the_next_command_is_served(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Master, "_status", broken)
+        patch.setattr(Commands, "_status", broken)
         with pytest.raises(CallFailed, match="a bug"):
             await fleet.ask(GetStatus())
     assert "could not handle CommandReceived" in caplog.text
