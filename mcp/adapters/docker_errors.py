@@ -1,88 +1,130 @@
-"""The engine's errors in our words: three shapes of DockerError, plus what aiohttp and the clock raise."""
+"""The engine's errors in our words: three shapes of DockerError, plus what aiohttp and the clock raise.
+
+Codes: engine_down, engine_frozen, engine_denied, engine_error; image_missing, platform_missing, auth_failed, registry_tls,
+registry_unreachable, image_damaged, no_space; name_taken, removal_in_progress, container_missing, network_missing,
+not_running; port_in_use, address_missing, bad_mount, bad_command, bad_user, bad_request.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import aiodocker
 import aiohttp
 
 from mcp.model.errors import AdapterError
 
-_RULES: tuple[tuple[str, str, bool, str], ...] = (
-    # what the engine's text has, our code, whether a later try may do better, what to do
-    (r"no such image|manifest unknown|not found: manifest|name unknown|repository does not exist|manifest .* not found",
-     "image_missing", False, "Check the image's name and tag, and that it was pushed."),
-    (r"no matching manifest|does not match the (specified|expected) platform|no match for platform",
+_LIBRARY_COULD_NOT_CONNECT = 900
+
+_Rules = tuple[tuple[str, str, bool, str], ...]
+"""What the engine's text has (lower case), our code, whether a later try may do better, what to do."""
+
+_EVERYWHERE: _Rules = (
+    ("no space left on device", "no_space", True, "Free disk space on the node: `docker system df`."),
+)
+
+_OF_REGISTRIES: _Rules = (
+    ("no matching manifest|does not match the (specified|expected) platform|no match for platform",
      "platform_missing", False, "Build the image for that architecture, or pin the service to another node."),
-    (r"unauthorized|no basic auth|authentication required|access .*denied|incorrect username or password",
-     "auth_failed", False, "Set the registry's user and password file in mcp-agent.toml, [registry]."),
-    (r"port is already allocated|address already in use|bind for .* failed",
-     "port_in_use", False, "`ss -ltnp` on the node shows who listens there."),
-    (r"cannot assign requested address",
-     "address_missing", True, "The node has not this address (yet): is the mesh up?"),
-    (r"no space left on device", "no_space", True, "Free disk space on the node: `docker system df`."),
-    (r"is already in use by container|name .* is already in use", "name_taken", False, ""),
-    (r"removal of container .* is already in progress", "removal_in_progress", True, ""),
-    (r"invalid mount|bind source path does not exist|mounts denied|not a directory.*mount|error mounting",
-     "bad_mount", False, "Check `volumes` and that the path exists on that node."),
-    (r"executable file not found|exec format error|no such file or directory.*exec|unable to start container process|oci runtime",
-     "bad_command", False, "Check `cmd` and the image's entry point."),
-    (r"unable to find user|no matching entries in passwd", "bad_user", False, "Check `user`."),
-    (r"network .* not found", "network_missing", True, ""),
-    (r"no such container", "container_missing", False, ""),
-    (r"server gave http response to https client|x509|tls:", "registry_tls", False,
-     "Add the registry to the engine's insecure-registries, or give it a certificate that the engine trusts."),
-    (r"connection refused|no such host|i/o timeout|context deadline exceeded|connection reset|no route to host|request canceled|eof",
+    ("unauthorized|no basic auth|authentication required|access .*denied|access to the resource is denied|401|403 forbidden",
+     "auth_failed", False, "Set the registry's user and password in mcp-agent.toml, [registry]."),
+    ("manifest unknown|name unknown|repository does not exist|not found|no such image",
+     "image_missing", False, "Check the image's name and tag, and that it was pushed."),
+    ("http response to https client|x509|certificate|tls:",
+     "registry_tls", False, "Give the registry a certificate that the engine trusts, or name it in its insecure-registries."),
+    ("filesystem layer verification failed|digest|checksum|unexpected eof|invalid tar|gzip",
+     "image_damaged", True, "Push the image again if it happens twice."),
+    ("connection refused|no such host|timeout|deadline exceeded|timed out|connection reset|no route|unreachable|eof|dial ",
      "registry_unreachable", True, "Is the registry up and reachable from that node?"),
+)  # fmt: skip
+
+_OF_CONTAINERS: _Rules = (
+    ("is already in use by container|name .* is already in use|name .* in use", "name_taken", False, ""),
+    ("removal of container .* is already in progress|marked for removal", "removal_in_progress", True, ""),
+    ("no such container", "container_missing", False, ""),
+    ("no such image", "image_missing", True, "It was removed after it was pulled: deploy again."),
+    ("network .* not found", "network_missing", True, ""),
+    ("port is already allocated|address already in use", "port_in_use", False,
+     "`ss -ltnp` on the node shows who listens there."),
+    ("cannot assign requested address", "address_missing", True, "The node has not this address (yet): is the mesh up?"),
+    ("executable file not found|exec format error|stat .*: no such file|exec: .*permission denied|no command specified",
+     "bad_command", False, "Check `cmd` and the image's entry point; an image for another architecture ends like this too."),
+    ("mount|bind source path|invalid volume", "bad_mount", False, "Check `volumes` and what is at that path on that node."),
+    ("unable to find user|unable to find group|no matching entries in passwd", "bad_user", False, "Check `user`."),
+    ("is not running", "not_running", False, ""),
+    ("failed to create (shim )?task|oci runtime|unable to start container process", "bad_command", False,
+     "Check `cmd` and the image's entry point."),
 )  # fmt: skip
 
 _SECRET = re.compile(r"//[^/@\s:]+:[^/@\s]+@")
 
 
-def translate(error: Exception, what: str, limit_s: float | None) -> AdapterError:
-    """Return our error for one of the engine's; `what` is what could not be done."""
-    if isinstance(error, aiodocker.DockerError) and error.status != 900:
-        return _said(error, what)
+def translate(
+    error: Exception, what: str, limit_s: float, secrets: Iterable[str] = (), *, registry: bool = False
+) -> AdapterError:
+    """Return our error for one of the engine's, the connection's or the clock's; `what` completes "cannot ...".
+
+    `registry` says that the engine may be repeating a registry's words. No secret is left in the text.
+    """
     if isinstance(error, TimeoutError):
-        # An engine that accepts and never answers; the call may have been carried out: look before acting again.
-        shown = f" within {limit_s:g} s" if limit_s else ""
+        # It accepts and never answers. The call may still be carried out: the caller looks before it acts again.
         return AdapterError(
-            f"cannot {what}: the container engine does not answer{shown}",
+            f"cannot {what}: the container engine does not answer (waited {limit_s:g} s)",
             retryable=True,
             code="engine_frozen",
+            hint="`systemctl status docker` on the node; what was asked may still happen.",
+        )
+    if isinstance(error, aiodocker.DockerError) and error.status != _LIBRARY_COULD_NOT_CONNECT:
+        return _said(error, what, secrets, registry=registry)
+    if isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError)):
+        return AdapterError(
+            f"cannot {what}: the container engine went away in the middle",
+            retryable=True,
+            code="engine_down",
             hint="`systemctl status docker` on the node.",
         )
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return AdapterError(f"cannot {what}: the container engine went away in the middle", retryable=True, code="engine_down")
+    return _no_connection(error, what, secrets)
+
+
+def _no_connection(error: Exception, what: str, secrets: Iterable[str]) -> AdapterError:
+    text = clean(error, secrets)
+    if "Permission denied" in text or "Errno 13" in text:
+        return AdapterError(
+            f"cannot {what}: this user may not use the container engine's socket",
+            code="engine_denied",
+            hint="Add the agent's user to the group that owns the socket (docker), and restart the agent.",
+        )
+    if isinstance(error, (ValueError, aiohttp.ClientResponseError)):
+        return AdapterError(
+            f"cannot {what}: what answers there is no container engine ({text[:120]})", code="engine_error"
+        )
+    if "disconnected" in text.lower():
+        why = "it closed the connection"
+    else:
+        found = re.search(r"\[([^\[\]]*)\]\]?$", text)
+        why = (found[1] if found else text[:120]).lower() or type(error).__name__
     return AdapterError(
-        f"cannot {what}: the container engine is not running ({_brief(error)})",
+        f"cannot {what}: the container engine is not running ({why})",
         retryable=True,
         code="engine_down",
         hint="`systemctl start docker` on the node.",
     )
 
 
-def _said(error: aiodocker.DockerError, what: str) -> AdapterError:
-    text = clean(error.message)
-    lowered = text.lower()
-    for pattern, code, retryable, hint in _RULES:
-        if re.search(pattern, lowered):
+def _said(error: aiodocker.DockerError, what: str, secrets: Iterable[str], *, registry: bool) -> AdapterError:
+    text = clean(error.message, secrets)
+    for pattern, code, retryable, hint in _EVERYWHERE + (_OF_REGISTRIES if registry else _OF_CONTAINERS):
+        if re.search(pattern, text.lower()):
             return AdapterError(f"cannot {what}: {text}", retryable=retryable, code=code, hint=hint)
-    if error.status == 404:
-        return AdapterError(f"cannot {what}: {text}", code="container_missing" if "container" in what else "image_missing")
-    if error.status == 409:
-        return AdapterError(f"cannot {what}: {text}", code="conflict", retryable=True)
+    if error.status == 400:
+        return AdapterError(f"cannot {what}: {text}", code="bad_request")
     return AdapterError(f"cannot {what}: {text}", code="engine_error", retryable=error.status >= 500)
 
 
-def clean(text: object) -> str:
-    """Return an engine's text on one line, short, and without a credential in a URL."""
-    line = " ".join(str(text).split())
-    return _SECRET.sub("//", line)[:400]
-
-
-def _brief(error: Exception) -> str:
-    text = clean(error)
-    found = re.search(r"\[(.*?)\]$", text)
-    return found[1].lower() if found else text[:120].lower() or type(error).__name__
+def clean(text: object, secrets: Iterable[str] = ()) -> str:
+    """Return an engine's text on one line of at most 400 characters, without a credential."""
+    line = _SECRET.sub("//", " ".join(str(text).split()))
+    for secret in secrets:
+        line = line.replace(secret, "***")
+    return line[:400]
