@@ -81,6 +81,8 @@ class AgentConfig:
     docker_url: str = "unix:///var/run/docker.sock"
     network: str = "mcpnet"
     publish_address: str = "127.0.0.1"
+    is_shared: bool = False
+    """Other agents use the same engine (the demo): this one looks at the containers of its own node only."""
     request_timeout_s: float = 10.0
     registries: dict[str, tuple[str, str]] = attrs.field(factory=dict)
     """ "host:port" -> user name and the file with the password. """
@@ -202,6 +204,7 @@ def load_agent(path: str | Path) -> AgentConfig:
         docker_url=docker.get("url", str, base.docker_url),
         network=docker.get("network", str, base.network),
         publish_address=docker.get("publish_address", str, base.publish_address),
+        is_shared=docker.get("is_shared", bool, False),
         request_timeout_s=_seconds(docker, "request_timeout_s", base.request_timeout_s),
         registries=_registries(root.table("registry")),
         first_port=_port(ports, "first", base.first_port),

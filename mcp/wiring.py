@@ -252,6 +252,7 @@ async def _engine(config: AgentConfig) -> AsyncIterator[Any]:
         config.docker_url,
         registries=read_passwords(config.registries),
         request_timeout_s=config.request_timeout_s,
+        node=config.name if config.is_shared else "",
     )
     try:
         yield engine, engine, engine

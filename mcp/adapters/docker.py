@@ -27,7 +27,7 @@ from mcp.adapters.docker_shapes import (
     remote_image,
 )
 from mcp.adapters.docker_streams import LogSplitter, PullProgress, json_lines, stream_error
-from mcp.model.container import GENERATION_LABEL, HASH_LABEL, OWNER, OWNER_LABEL, SERVICE_LABEL, read_labels
+from mcp.model.container import GENERATION_LABEL, HASH_LABEL, NODE_LABEL, OWNER, OWNER_LABEL, SERVICE_LABEL, read_labels
 from mcp.model.errors import AdapterError
 from mcp.model.messages import ContainerState, ImageFacts, LogLine
 from mcp.model.ports import ContainerRequest, EngineEvent, EngineFacts, Progress
@@ -62,7 +62,8 @@ _NOT_OURS_TO_MAKE = frozenset({"", "host", "none", "bridge", "default"})
 class DockerEngine:
     """Implements Images, Containers and ContainerOutput (mcp/model/ports.py) on one engine.
 
-    `registries` has user and password by registry, as it is written in image names ("registry.example:8443").
+    `registries` has user and password by registry, as it is written in image names ("registry.example:8443"). With `node`
+    only that node's containers are looked at: several agents then share one engine, as in the demo.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DockerEngine:
         *,
         start_timeout_s: float = START_TIMEOUT_S,
         pull_silence_s: float = PULL_SILENCE_S,
+        node: str = "",
     ) -> None:
         self._registries = dict(registries or {})
         secrets = [password for _, password in self._registries.values()]
@@ -80,6 +82,7 @@ class DockerEngine:
         self._start_timeout_s = start_timeout_s
         self._pull_silence_s = pull_silence_s
         self._networks: set[str] = set()
+        self._mine = [f"{OWNER_LABEL}={OWNER}", *([f"{NODE_LABEL}={node}"] if node else [])]
 
     async def close(self) -> None:
         """Close the connections."""
@@ -96,7 +99,7 @@ class DockerEngine:
             return ImageFacts(image=image, error=error.reason)
 
     async def _image(self, image: str) -> dict[str, Any] | None:
-        async with self._client.call(f"look at image {image}") as docker:
+        async with self._client.call(f"look at image {image}", registry=True) as docker:
             try:
                 shown: dict[str, Any] = await docker.images.inspect(image)
             except aiodocker.DockerError as error:
@@ -168,7 +171,7 @@ class DockerEngine:
 
     async def list(self, service: str = "") -> list[ContainerState]:
         """Return our containers (see Containers)."""
-        labels = [f"{OWNER_LABEL}={OWNER}"] + ([f"{SERVICE_LABEL}={service}"] if service else [])
+        labels = self._mine + ([f"{SERVICE_LABEL}={service}"] if service else [])
         async with self._client.call("list the containers") as docker:
             found = await docker.containers.list(all=True, filters={"label": labels})
         turns = asyncio.Semaphore(INSPECTIONS_AT_ONCE)
@@ -184,7 +187,7 @@ class DockerEngine:
 
     async def label(self, service: str, generation: int, name: str) -> str:
         """Return a label of a generation's containers (see Containers)."""
-        wanted = [f"{OWNER_LABEL}={OWNER}", f"{SERVICE_LABEL}={service}", f"{GENERATION_LABEL}={generation}"]
+        wanted = [*self._mine, f"{SERVICE_LABEL}={service}", f"{GENERATION_LABEL}={generation}"]
         async with self._client.call(f"read the labels of {service}") as docker:
             found = await docker.containers.list(all=True, filters={"label": wanted})
         return next((value for each in found if (value := str((each["Labels"] or {}).get(name, "")))), "")
@@ -368,7 +371,7 @@ class DockerEngine:
         A frozen engine ends nothing: what it has to tell comes when it goes on. The library's own event channel never
         yields again once the engine went away, so the stream is read here.
         """
-        filters = json.dumps({"label": [f"{OWNER_LABEL}={OWNER}"], "type": ["container"]})
+        filters = json.dumps({"label": self._mine, "type": ["container"]})
         was_up, pause_s = True, RETRY_EVENTS_S
         while True:
             begun_s, held = time.monotonic(), True
