@@ -99,11 +99,11 @@ class DockerEngine:
             return ImageFacts(image=image, error=error.reason)
 
     async def _image(self, image: str) -> dict[str, Any] | None:
-        async with self._client.call(f"look at image {image}", registry=True) as docker:
+        async with self._client.call(f"look at image {image}") as docker:
             try:
                 shown: dict[str, Any] = await docker.images.inspect(image)
             except aiodocker.DockerError as error:
-                if error.status == 404:
+                if error.status in (400, 404):  # 400: no name that an image can have
                     return None
                 raise
             return shown

@@ -87,7 +87,7 @@ class EngineClient:
         except _TROUBLE as error:
             if tripped:
                 raise tripped[0] from error
-            raise await self._told(error, what, limit_s, registry=registry) from error
+            raise await self._told(session.docker, error, what, limit_s, registry=registry) from error
         finally:
             await session.leave()
 
@@ -127,7 +127,9 @@ class EngineClient:
                 )
             yield self._chunks(session, response, what, silence_s, outlives_freezing=outlives_freezing)
         except _TROUBLE as error:
-            raise await self._told(error, what, silence_s or self.timeout_s, registry=registry) from error
+            raise await self._told(
+                session.docker, error, what, silence_s or self.timeout_s, registry=registry
+            ) from error
         finally:
             if response is not None:
                 response.close()
@@ -183,7 +185,14 @@ class EngineClient:
         except _TROUBLE as error:
             raise translate(error, what, self.timeout_s, self._secrets) from error
 
-    async def _told(self, error: Exception, what: str, limit_s: float, *, registry: bool) -> AdapterError:
+    async def _told(
+        self, docker: aiodocker.Docker, error: Exception, what: str, limit_s: float, *, registry: bool
+    ) -> AdapterError:
+        if registry and isinstance(error, TimeoutError):
+            try:
+                await self._ping(docker, what)
+            except AdapterError as of_engine:
+                return of_engine
         told = translate(error, what, limit_s, self._secrets, registry=registry)
         if told.code == "engine_down":
             await self.renew()

@@ -49,14 +49,25 @@ _OF_CONTAINERS: _Rules = (
      "`ss -ltnp` on the node shows who listens there."),
     ("cannot assign requested address", "address_missing", True, "The node has not this address (yet): is the mesh up?"),
     ("executable file not found|exec format error|stat .*: no such file|exec: .*permission denied|no command specified",
-     "bad_command", False, "Check `cmd` and the image's entry point; an image for another architecture ends like this too."),
-    ("mount|bind source path|invalid volume", "bad_mount", False, "Check `volumes` and what is at that path on that node."),
+     "bad_command", False, "Check `cmd` and the image's entry point; is the image for this architecture?"),
+    ("mount|bind source path|invalid volume|local volume name", "bad_mount", False, "Check `volumes` and what is at that path on that node."),
     ("unable to find user|unable to find group|no matching entries in passwd", "bad_user", False, "Check `user`."),
     ("is not running", "not_running", False, ""),
     ("failed to create (shim )?task|oci runtime|unable to start container process", "bad_command", False,
      "Check `cmd` and the image's entry point."),
 )  # fmt: skip
 
+_NOISE = (
+    re.compile(r"driver failed programming external connectivity on endpoint \S+ \(\w+\): "),
+    re.compile(r"Error starting userland proxy: "),
+    re.compile(r"(failed to create (shim )?task: )?OCI runtime \w+ failed: (\w+ (create|exec) failed: )?"),
+    re.compile(r"unable to start container process: (error during container init: )?"),
+    re.compile(r"(: unknown)?: Are you trying to mount .*"),
+    re.compile(r" \(via /proc/self/fd/\d+\), flags: 0x\w+"),
+    re.compile(r": unknown$"),
+)
+_SAID_TWICE = re.compile(r"([\w ]{4,}): \1$")
+_LONG_ID = re.compile(r"(?<!sha256:)\b([0-9a-f]{12})[0-9a-f]{52}\b")
 _SECRET = re.compile(r"//[^/@\s:]+:[^/@\s]+@")
 
 
@@ -67,6 +78,13 @@ def translate(
 
     `registry` says that the engine may be repeating a registry's words. No secret is left in the text.
     """
+    if isinstance(error, TimeoutError) and registry:
+        return AdapterError(
+            f"cannot {what}: the registry does not answer (waited {limit_s:g} s)",
+            retryable=True,
+            code="registry_unreachable",
+            hint="Is the registry up and reachable from that node?",
+        )
     if isinstance(error, TimeoutError):
         # It accepts and never answers. The call may still be carried out: the caller looks before it acts again.
         return AdapterError(
@@ -116,15 +134,23 @@ def _said(error: aiodocker.DockerError, what: str, secrets: Iterable[str], *, re
     text = clean(error.message, secrets)
     for pattern, code, retryable, hint in _EVERYWHERE + (_OF_REGISTRIES if registry else _OF_CONTAINERS):
         if re.search(pattern, text.lower()):
-            return AdapterError(f"cannot {what}: {text}", retryable=retryable, code=code, hint=hint)
+            return AdapterError(f"cannot {what}: {_brief(text)}", retryable=retryable, code=code, hint=hint)
     if error.status == 400:
-        return AdapterError(f"cannot {what}: {text}", code="bad_request")
-    return AdapterError(f"cannot {what}: {text}", code="engine_error", retryable=error.status >= 500)
+        return AdapterError(f"cannot {what}: {_brief(text)}", code="bad_request")
+    return AdapterError(f"cannot {what}: {_brief(text)}", code="engine_error", retryable=error.status >= 500)
+
+
+def _brief(text: str) -> str:
+    """Return an engine's text without the layers of it that it went through."""
+    for noise in _NOISE:
+        text = noise.sub("", text)
+    text = _SAID_TWICE.sub(r"\1", text)
+    return _LONG_ID.sub(r"\1", text)
 
 
 def clean(text: object, secrets: Iterable[str] = ()) -> str:
-    """Return an engine's text on one line of at most 400 characters, without a credential."""
+    """Return an engine's text on one line of at most 600 characters, without a credential."""
     line = _SECRET.sub("//", " ".join(str(text).split()))
     for secret in secrets:
         line = line.replace(secret, "***")
-    return line[:400]
+    return line[:600]
