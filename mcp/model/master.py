@@ -56,6 +56,9 @@ from mcp.model.saga import (
 REJOIN_S = 2.0
 """After the bus was away every node is nobody for up to a second (BUS.md Liveness): twice that before anyone is judged."""
 
+CLOCK_STEP_S = 0.5
+"""The wall clock has stepped when it and the monotonic one drift apart by more than this between two looks."""
+
 DEBT_RETRY_S = 30.0
 """How often a node that is there and refused an undo is asked again."""
 
@@ -120,6 +123,11 @@ class Master:
     def max_nodes(self) -> int:
         """How many nodes may be enrolled."""
         return self.rules.max_nodes
+
+    def _keep_time(self, offset_s: float) -> None:
+        """Follow a wall clock that was set, but not its jitter: a time that was shown once stays the same."""
+        if abs(offset_s - self._wall_offset_s) > CLOCK_STEP_S:
+            self._wall_offset_s = offset_s
 
     def at(self, monotonic_s: float) -> str:
         """Write one of the master's times for people."""
@@ -432,7 +440,7 @@ class Master:
     # -------------------------------------------------------------------- time
 
     def _tick(self, event: Tick, now_s: float) -> list[Effect]:
-        self._wall_offset_s = event.wall_s - now_s
+        self._keep_time(event.wall_s - now_s)
         effects: list[Effect] = []
         for name in list(self.learning):
             effects += self._take_inventory(name)
