@@ -82,6 +82,7 @@ class DockerEngine:
         self._start_timeout_s = start_timeout_s
         self._pull_silence_s = pull_silence_s
         self._networks: set[str] = set()
+        self._node = node
         self._mine = [f"{OWNER_LABEL}={OWNER}", *([f"{NODE_LABEL}={node}"] if node else [])]
 
     async def close(self) -> None:
@@ -213,7 +214,7 @@ class DockerEngine:
         shown = await self._inspect(request.name)
         if shown is None:
             return None
-        state = container_state(shown)
+        state = container_state(shown) if self._is_mine(shown) else None
         if state is None or state.spec_hash != request.labels.get(HASH_LABEL):
             raise AdapterError(
                 f"cannot create container {request.name}: another container has that name",
@@ -285,10 +286,14 @@ class DockerEngine:
     async def _ours(self, name: str) -> dict[str, Any] | None:
         """Return a container if it is ours: an undo must not hit whoever took the name."""
         shown = await self._inspect(name)
-        if shown is None or read_labels(labels_of(shown)) is not None:
+        if shown is None or self._is_mine(shown):
             return shown
         log.warning("container left alone: it is not ours", extra={"container": name})
         return None
+
+    def _is_mine(self, shown: Mapping[str, Any]) -> bool:
+        labels = labels_of(shown)
+        return read_labels(labels) is not None and (not self._node or labels.get(NODE_LABEL) == self._node)
 
     async def _inspect(self, name: str) -> dict[str, Any] | None:
         try:
