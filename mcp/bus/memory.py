@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from mcp.bus import subjects
 from mcp.bus.subjects import ConnectionRole, Grant
-from mcp.bus.transport import MAX_BODY_BYTES, Frame, LinkState, OnFrame
-from mcp.model.errors import BusUnreachable, MalformedMessage
+from mcp.bus.transport import Frame, LinkState, OnFrame, check_frame
+from mcp.model.errors import BusUnreachable
 
 
 def _quiet_state(_: LinkState) -> None:
@@ -109,17 +109,16 @@ class MemoryTransport:
 
     def set_state(self, state: LinkState) -> None:
         """Change the state and tell whoever wants to know."""
-        if state != self._state and self._state != "closed":
+        if self._state not in (state, "closed"):
             self._state = state
             self.on_state(state)
 
     async def publish(self, frame: Frame) -> None:
         """Send a frame (see Transport)."""
+        check_frame(frame)
         self._check_connected()
-        if len(frame.body) > MAX_BODY_BYTES:
-            raise MalformedMessage(f"{len(frame.body)} bytes, the limit is {MAX_BODY_BYTES}")
         if not any(subjects.matches(pattern, frame.subject) for pattern in self._grant.publish):
-            asyncio.get_running_loop().call_soon(self.on_denied, "publish", frame.subject)
+            asyncio.get_running_loop().call_soon(self.on_denied, "publish", frame.subject.lower())
             return
         self._broker.route(self, frame)
 
@@ -128,7 +127,7 @@ class MemoryTransport:
         self._check_connected()
         subscription = MemorySubscription(self, pattern, on_frame)
         if not any(_covers(allowed, pattern) for allowed in self._grant.subscribe):
-            asyncio.get_running_loop().call_soon(self.on_denied, "subscribe", pattern)
+            asyncio.get_running_loop().call_soon(self.on_denied, "subscribe", pattern.lower())
         else:
             self._subscriptions.append(subscription)
         return subscription
@@ -136,8 +135,9 @@ class MemoryTransport:
     async def flush(self, timeout_s: float = 5.0) -> None:
         """Let everything that was said be heard, refusals included."""
         self._check_connected()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        async with asyncio.timeout(timeout_s):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
 
     async def close(self) -> None:
         """Leave; closing twice is fine."""
@@ -170,9 +170,9 @@ class MemoryTransport:
 def _covers(allowed: str, pattern: str) -> bool:
     """Say whether all that a pattern hears is allowed, as the server decides it for subscriptions."""
     want, have = allowed.split("."), pattern.split(".")
-    for i, token in enumerate(want):
-        if token == ">":
+    for i, word in enumerate(want):
+        if word == ">":
             return len(have) > i
-        if i >= len(have) or have[i] == ">" or token not in ("*", have[i]):
+        if i >= len(have) or have[i] == ">" or word not in ("*", have[i]):
             return False
     return len(want) == len(have)

@@ -12,32 +12,20 @@ import hashlib
 import hmac
 import logging
 import random
-import socket
 import ssl
-import sys
-import types
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import attrs
 
+from mcp.bus.keys import raw_seed
+from mcp.bus.nats_client import STATUS, StrictClient
 from mcp.bus.subjects import ConnectionRole
-from mcp.bus.transport import MAX_BODY_BYTES, Frame, LinkState, OnFrame
-from mcp.model.errors import BusUnreachable, MalformedMessage, NotPermitted
+from mcp.bus.transport import Frame, LinkState, OnFrame, check_frame
+from mcp.model.errors import BusUnreachable, NotPermitted
 
-# nats-py imports aiohttp where it finds it, for WebSockets that we never use: 140 ms and 9 MiB (BUS.md, nats-py rules), and
-# its JetStream client, which is off: 40 ms of 90. Neither is looked at before a method that we never call.
-_hidden: dict[str, Any] = {"aiohttp": None, "nats.js": types.ModuleType("nats.js")}
-_hidden = {name: stand_in for name, stand_in in _hidden.items() if name not in sys.modules}
-sys.modules.update(_hidden)
-try:
-    import nats.errors
-    from nats.aio.client import Client
-    from nats.aio.transport import TcpTransport
-finally:
-    for _name in _hidden:
-        del sys.modules[_name]
+import nats.errors  # isort: skip - after nats_client, which imports nats without what it would drag in
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +35,23 @@ PINGS_OUT = 2
 
 CLI_TIMEOUT_S = 2
 DAEMON_TIMEOUT_S = 5
-TCP_USER_TIMEOUT_MS = 10_000
-"""The kernel gives up on unacknowledged bytes after this; its default is a quarter of an hour."""
-
 LOOK_S = 0.5
 """How often the supervisor looks whether its client is still alive, in case no callback tells it."""
 
-FIRST_WAITS_S = (0.05, 0.1, 0.2, 0.2, 0.3, 0.3, 0.5, 0.5, 1.0)
+FIRST_WAITS_S = (0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 1.0)
 LONGEST_WAIT_S = 30.0
-"""Waits between attempts: a bus that restarts has everybody back within a second, a dead one is not hammered."""
+CLOSED_PORT_WAIT_S = 2.0
+"""Waits between attempts, growing, half of each at random. Where nothing listens, asking costs nobody anything: a bus that
+comes back after ten minutes has everybody back in 2 s. A bus that is silent or refuses us is asked less and less."""
 
 REFUSALS = 10
-"""Authorization errors in a row before a credential counts as refused: one alone happens in a reload (BUS.md, Joining)."""
+REFUSED_FOR_S = 10.0
+"""So many authorization errors in a row, over so long: then the credential counts as refused. One alone happens in a reload
+(BUS.md, Joining), a few when a server starts before its configuration is whole."""
+
+PENDING_MESSAGES = 8192
+PENDING_BYTES = 16 * 1024 * 1024
+"""What may wait for the handler of one subscription; beyond it messages are dropped and counted (nats-py's own: 128 MiB)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -85,7 +78,13 @@ class Credential:
 
 
 async def connect(
-    address: BusAddress, credential: Credential, *, forever: bool, name: str, refusals: int = REFUSALS
+    address: BusAddress,
+    credential: Credential,
+    *,
+    forever: bool,
+    name: str,
+    refusals: int = REFUSALS,
+    refused_for_s: float = REFUSED_FOR_S,
 ) -> NatsTransport:
     """Connect and return the transport.
 
@@ -94,9 +93,12 @@ async def connect(
 
     Raises:
         BusUnreachable: nobody answers there, or not the bus that was expected.
-        NotPermitted: the bus does not accept the credential (with `forever`: several times in a row).
+        NotPermitted: the bus does not accept the credential (with `forever`: `refusals` times in a row, and for at least
+            `refused_for_s`).
     """
-    transport = NatsTransport(address, credential, forever=forever, name=name, refusals=refusals)
+    transport = NatsTransport(
+        address, credential, forever=forever, name=name, refusals=refusals, refused_for_s=refused_for_s
+    )
     await transport.open()
     return transport
 
@@ -132,26 +134,6 @@ def _pinned(fingerprint: str) -> type[ssl.SSLObject]:
     return Pinned
 
 
-class _AbortingTransport(TcpTransport):  # type: ignore[misc]
-    """A TCP transport that never waits for a dead peer to say goodbye, and that the kernel gives up on in time."""
-
-    def __bool__(self) -> bool:
-        return True  # or nats-py replaces a transport that is not connected yet
-
-    async def connect(self, uri: Any, buffer_size: int, connect_timeout: int) -> None:
-        await super().connect(uri, buffer_size, connect_timeout)
-        raw = self._io_writer.get_extra_info("socket")
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def close(self) -> None:
-        if self._io_writer is not None:
-            self._io_writer.transport.abort()
-
-    async def wait_closed(self) -> None:
-        """Nothing to wait for: it was aborted."""
-
-
 # ------------------------------------------------------------------- transport
 
 
@@ -178,10 +160,9 @@ class NatsSubscription:
 
     async def hear(self, msg: Any) -> None:
         """nats-py awaits this for one message after the other, so it only passes on."""
-        headers = {str(key): str(value) for key, value in (msg.headers or {}).items()}
-        frame = Frame(
-            subject=msg.subject, body=msg.data, headers=headers, reply=msg.reply, status=headers.get("Status", "")
-        )
+        headers = msg.headers or {}
+        status = headers.pop(STATUS, "")
+        frame = Frame(subject=msg.subject, body=msg.data, headers=headers, reply=msg.reply, status=status)
         try:
             self.on_frame(frame)
         except Exception:
@@ -193,7 +174,14 @@ class NatsTransport:
     """One connection to nats-server (see Transport)."""
 
     def __init__(
-        self, address: BusAddress, credential: Credential, *, forever: bool, name: str, refusals: int
+        self,
+        address: BusAddress,
+        credential: Credential,
+        *,
+        forever: bool,
+        name: str,
+        refusals: int = REFUSALS,
+        refused_for_s: float = REFUSED_FOR_S,
     ) -> None:
         self.on_state: Callable[[LinkState], None] = _no_state
         self.on_denied: Callable[[str, str], None] = _no_denial
@@ -202,16 +190,25 @@ class NatsTransport:
         self._forever = forever
         self._name = name
         self._refusals = refusals
-        self._client: Client | None = None
+        self._refused_for_s = refused_for_s
+        self._client: StrictClient | None = None
         self._subscriptions: list[NatsSubscription] = []
         self._is_closed = False
         self._said: LinkState = "lost"
         self._supervisor: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self.closed_because = ""
+        """Why the connection is closed although nobody here asked for it; empty as long as it is not."""
+        self.overruns = 0
+        """Messages dropped because a handler did not keep up."""
 
     async def open(self) -> None:
-        """Make the first connection and begin to watch it."""
+        """Make the first connection and begin to watch it (see connect)."""
+        try:
+            raw_seed(self._credential.seed)
+        except ValueError as error:
+            who = f"{self._credential.role} {self._credential.name}"
+            raise NotPermitted(f"cannot connect to the bus as {who}: its key is {error}", subject="") from error
         self._client = await self._first()
         self._say("connected")
         self._supervisor = asyncio.create_task(self._supervise(), name=f"bus {self._name}")
@@ -223,12 +220,12 @@ class NatsTransport:
 
     async def publish(self, frame: Frame) -> None:
         """Send a frame (see Transport)."""
-        if len(frame.body) > MAX_BODY_BYTES:
-            raise MalformedMessage(f"{len(frame.body)} bytes for {frame.subject}, the limit is {MAX_BODY_BYTES}")
+        check_frame(frame)
         client = self._living()
         try:
+            await client.settle(PING_S * PINGS_OUT)
             await client.publish(frame.subject, frame.body, reply=frame.reply, headers=dict(frame.headers) or None)
-        except (nats.errors.Error, OSError) as error:
+        except (nats.errors.Error, OSError, TimeoutError) as error:
             raise BusUnreachable(f"the connection to the bus at {self.address} is lost: nothing was sent") from error
 
     async def subscribe(self, pattern: str, on_frame: OnFrame) -> NatsSubscription:
@@ -237,7 +234,7 @@ class NatsTransport:
         subscription = NatsSubscription(self, pattern, on_frame)
         self._subscriptions.append(subscription)
         try:
-            subscription.live = await client.subscribe(pattern, cb=subscription.hear)
+            await self._revive(client, subscription)
         except (nats.errors.Error, OSError) as error:
             self._subscriptions.remove(subscription)
             raise BusUnreachable(f"the connection to the bus at {self.address} is lost") from error
@@ -275,12 +272,12 @@ class NatsTransport:
             with suppress(nats.errors.Error, OSError, TimeoutError):
                 async with asyncio.timeout(1.0):
                     await client.flush(timeout=1)
-            await _discard(client)
+            await client.discard()
         self._say("closed")
 
     # ---------------------------------------------------------------- internals
 
-    def _living(self) -> Client:
+    def _living(self) -> StrictClient:
         if self._is_closed:
             raise BusUnreachable(f"the connection to the bus is closed{self.closed_because and ': '}{self.closed_because}")
         if not self.is_connected or self._client is None:
@@ -292,36 +289,41 @@ class NatsTransport:
             self._said = state
             self.on_state(state)
 
-    async def _first(self) -> Client:
+    async def _first(self) -> StrictClient:
         if not self._forever:
             return await self._attempt()
         return await self._until_connected()
 
-    async def _until_connected(self) -> Client:
-        """Try again and again, with growing waits; a credential refused several times in a row ends it."""
+    async def _until_connected(self) -> StrictClient:
+        """Try again and again, with growing waits; a credential refused often enough and long enough ends it."""
+        loop = asyncio.get_running_loop()
         attempt = refused = 0
+        refused_since_s = 0.0
         while True:
+            longest_s = LONGEST_WAIT_S
             try:
                 return await self._attempt()
             except NotPermitted:
                 refused += 1
-                if refused >= self._refusals:
+                refused_since_s = refused_since_s if refused > 1 else loop.time()
+                if refused >= self._refusals and loop.time() - refused_since_s >= self._refused_for_s:
                     raise
             except BusUnreachable as error:
                 refused = 0
+                longest_s = CLOSED_PORT_WAIT_S if _is_closed_port(error.__cause__) else LONGEST_WAIT_S
                 if attempt in (5, 20) or (attempt and attempt % 100 == 0):
                     log.warning("still no bus after %d attempts: %s", attempt + 1, error.reason)
-            await asyncio.sleep(_wait_s(attempt))
+            await asyncio.sleep(_wait_s(attempt, longest_s))
             attempt += 1
 
-    async def _attempt(self) -> Client:
+    async def _attempt(self) -> StrictClient:
         timeout_s = DAEMON_TIMEOUT_S if self._forever else CLI_TIMEOUT_S
-        client = Client()
-        client._transport = _AbortingTransport()  # noqa: SLF001 - the one way to give nats-py a transport (pinned by a test)
+        client = StrictClient()
         said: list[Exception] = []
 
         async def on_error(error: Exception) -> None:
             said.append(error)
+            del said[:-1]
             self._heard_error(error)
 
         async def on_closed() -> None:
@@ -347,8 +349,12 @@ class NatsTransport:
                     closed_cb=on_closed,
                 )
         except (nats.errors.Error, OSError, TimeoutError, ValueError) as error:
-            await _discard(client)
-            raise self._cannot_connect(said[-1] if said else error) from error
+            await client.discard()
+            shown = said[-1] if said and not isinstance(error, TimeoutError) else error
+            raise self._cannot_connect(shown) from shown
+        except BaseException:
+            await client.discard()  # cancelled in the middle: the socket must not stay behind
+            raise
         return client
 
     def _cannot_connect(self, error: Exception) -> BusUnreachable | NotPermitted:
@@ -375,10 +381,14 @@ class NatsTransport:
         """nats-py's error callback must never raise (#854); a refusal surfaces here only."""
         text = str(error)
         lowered = text.lower()
+        if isinstance(error, nats.errors.SlowConsumerError):
+            self.overruns += 1
+            if self.overruns in (1, 1000) or self.overruns % 100_000 == 0:
+                log.warning("messages come faster than they are handled: %d dropped so far", self.overruns)
         if "permissions violation for" not in lowered:
             return
         verb = "subscribe" if "subscription" in lowered else "publish"
-        subject = text.split('"')[1] if text.count('"') >= 2 else ""
+        subject = lowered.split('"')[1] if lowered.count('"') >= 2 else ""
         log.error("the bus refused us to %s %s", verb, subject)
         try:
             self.on_denied(verb, subject)
@@ -386,15 +396,22 @@ class NatsTransport:
             log.exception("a refusal of the bus could not be handled")  # nats-py's read loop would die silently of it
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep()
+        except Exception:
+            # Nobody awaits this task: an error of ours must not look like a bus that never comes back.
+            log.exception("the connection to the bus cannot be kept up")
+            self._end("the connection to the bus failed for a reason of its own; the log has the details")
+
+    async def _keep(self) -> None:
         """Watch the client; when its connection is over, make the next one."""
-        while True:
+        while self._client is not None:
             client = self._client
-            assert client is not None
             await self._until_over(client)
             self._say("lost")
-            await _discard(client)
+            await client.discard()
             if not self._forever:
-                self._end("lost")
+                self._end("it was lost")
                 return
             try:
                 self._client = await self._again()
@@ -402,28 +419,42 @@ class NatsTransport:
                 self._end(error.reason)
                 return
 
-    async def _until_over(self, client: Client) -> None:
+    async def _until_over(self, client: StrictClient) -> None:
         self._ended.clear()
-        while client.is_connected:
+        while client.is_reading and not self._ended.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._ended.wait()
-                    return
 
-    async def _again(self) -> Client:
+    async def _again(self) -> StrictClient:
         """Connect again and bring the subscriptions back before anybody is told."""
         while True:
             client = await self._until_connected()
             try:
                 for subscription in list(self._subscriptions):
-                    subscription.live = await client.subscribe(subscription.pattern, cb=subscription.hear)
+                    await self._revive(client, subscription)
                 await client.flush(timeout=DAEMON_TIMEOUT_S)
             except (nats.errors.Error, OSError, TimeoutError):
-                await _discard(client)
+                await client.discard()
                 continue
+            except BaseException:
+                await client.discard()
+                raise
             self._client = client
             self._say("connected")
             return client
+
+    async def _revive(self, client: StrictClient, subscription: NatsSubscription) -> None:
+        live = await client.subscribe(
+            subscription.pattern,
+            cb=subscription.hear,
+            pending_msgs_limit=PENDING_MESSAGES,
+            pending_bytes_limit=PENDING_BYTES,
+        )
+        if subscription in self._subscriptions:
+            subscription.live = live
+        else:
+            await live.unsubscribe()  # it was closed in the meantime
 
     def _end(self, reason: str) -> None:
         self._is_closed = True
@@ -431,24 +462,15 @@ class NatsTransport:
         self._say("closed")
 
 
-async def _discard(client: Client) -> None:
-    """End a client without waiting for anything: its peer may be dead, its buffers full."""
-    transport = client._transport  # noqa: SLF001
-    if transport is not None:
-        transport.close()
-    with suppress(Exception):  # whatever nats-py meets while it ends, the connection is aborted already
-        async with asyncio.timeout(1.0):
-            await client._close(Client.CLOSED, do_cbs=False)  # noqa: SLF001
-    with suppress(Exception):
-        for task in (client._reading_task, client._ping_interval_task, client._flusher_task):  # noqa: SLF001
-            if task is not None:
-                task.cancel()
+def _is_closed_port(error: BaseException | None) -> bool:
+    """Say whether the answer was immediate: nothing listens there, or this machine has no way there."""
+    return isinstance(error, OSError) and not isinstance(error, (TimeoutError, ssl.SSLError))
 
 
-def _wait_s(attempt: int) -> float:
+def _wait_s(attempt: int, longest_s: float) -> float:
     """Return how long to wait after a failed attempt: quick at first, then doubling, with half of it at random."""
     if attempt < len(FIRST_WAITS_S):
         base = FIRST_WAITS_S[attempt]
     else:
-        base = min(LONGEST_WAIT_S, 2.0 ** (attempt - len(FIRST_WAITS_S) + 1))
-    return base * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
+        base = min(LONGEST_WAIT_S, 2.0 ** min(attempt - len(FIRST_WAITS_S) + 1, 10))
+    return min(base, longest_s) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import attrs
 
+from mcp.model.errors import MalformedMessage
+
 MAX_BODY_BYTES = 128 * 1024
 """Our own limit, below the server's max_payload of 256 KB: at that one, a payload plus a header closes the client for good."""
+
+MAX_HEADER_BYTES = 4 * 1024
+"""Headers of one message, names and values; ours have some 200 bytes."""
 
 LinkState = Literal["connected", "lost", "closed"]
 
@@ -22,6 +28,28 @@ class Frame:
     headers: Mapping[str, str] = attrs.field(factory=dict)
     reply: str = ""
     status: str = ""
+
+
+def check_frame(frame: Frame) -> None:
+    """Refuse what the bus would not carry, or would punish with the end of the connection.
+
+    Raises:
+        MalformedMessage: it is too large, or a subject is none: empty, with blanks, control characters or wildcards.
+    """
+    if len(frame.body) > MAX_BODY_BYTES:
+        raise MalformedMessage(f"{len(frame.body)} bytes for {frame.subject}, the limit is {MAX_BODY_BYTES}")
+    if sum(len(name) + len(value) for name, value in frame.headers.items()) > MAX_HEADER_BYTES:
+        raise MalformedMessage(f"headers of more than {MAX_HEADER_BYTES} bytes for {frame.subject}")
+    for subject in (frame.subject, frame.reply) if frame.reply else (frame.subject,):
+        if len(subject) > MAX_SUBJECT or not _SUBJECT.fullmatch(subject):
+            raise MalformedMessage(f"{subject[:80]!r} is no subject to publish on")
+
+
+MAX_SUBJECT = 512
+"""Characters; ours have at most some 100. The server's limit for a whole protocol line is 4096."""
+
+_SUBJECT = re.compile(r"[!-)+-\-/-=?-~]+(?:\.[!-)+-\-/-=?-~]+)*")
+"""Tokens of visible ASCII without `.`, `*` and `>`, with dots between."""
 
 
 OnFrame = Callable[[Frame], None]
@@ -42,7 +70,10 @@ class Transport(Protocol):
     """Told about every change; never raises. `lost` means we try again by ourselves, `closed` that we do not."""
 
     on_denied: Callable[[str, str], None]
-    """Told ("publish" or "subscribe", subject) when the bus refused one of ours, some milliseconds after the call."""
+    """Told ("publish" or "subscribe", subject) when the bus refused one of ours, some milliseconds after the call.
+
+    The subject is in lower case, whatever it was: the client library tells it so.
+    """
 
     @property
     def is_connected(self) -> bool:
@@ -53,7 +84,7 @@ class Transport(Protocol):
 
         Raises:
             BusUnreachable: not connected; nothing was sent, nothing is kept for later.
-            MalformedMessage: the body is over MAX_BODY_BYTES.
+            MalformedMessage: it cannot be carried (see check_frame).
         """
 
     async def subscribe(self, pattern: str, on_frame: OnFrame) -> Subscription:
