@@ -62,7 +62,8 @@ class DemoFleet:
     """Set up by `start`, taken away by `close`; also a context manager.
 
     `engine_url` "" makes a fleet without container engines. `master` and `agents` are further tables of the configuration
-    files, e.g. {"health": {"heartbeat_s": 1.0}}; `per_node` the same for single agents.
+    files, e.g. {"health": {"heartbeat_s": 1.0}}; `per_node` the same for single agents. Its processes end with us, unless
+    `is_tied` is False.
     """
 
     def __init__(
@@ -75,17 +76,20 @@ class DemoFleet:
         master: Tables | None = None,
         agents: Tables | None = None,
         per_node: Mapping[str, Tables] | None = None,
+        is_tied: bool = True,
         tell: Tell = _nothing,
     ) -> None:
         self.folder = folder.absolute()
         self.engine_url = engine_url
         self.nodes = tuple(nodes)
         self.network = network
-        self.config = self.folder / "operator.toml"
+        self.config = self.folder / "config" / "mcp" / "mcp.toml"
+        """The operator's way in; `env` makes it the default of every command."""
         self.port = 0
         self.children: dict[str, Child] = {}
         """By name: "bus", "master", and "agent NODE"."""
         self._tell = tell
+        self._is_tied = is_tied
         self._master_tables = master or {}
         self._agent_tables = agents or {}
         self._per_node = per_node or {}
@@ -156,14 +160,13 @@ class DemoFleet:
 
     def log_in(self, name: str = "kyle", role: str = "admin", config: Path | None = None) -> Path:
         """Enrol an operator and return the configuration with which it gives commands."""
-        path = config or self.config
         file = self.folder / f"{name}.mcp"
         home = str(self.home(self.nodes[0].name))
         added = self.run(["mcp", "operator", "add", name, "--role", role, "--home", home])
         file.touch(mode=0o600)
         file.write_text(added.stdout, encoding="utf-8")
-        self.run(["mcp", "--config", str(path), "login", str(file)])
-        return path
+        self.run(["mcp", *(["--config", str(config)] if config else []), "login", str(file)])
+        return config or self.config
 
     def join(self, node: DemoNode) -> None:
         """Invite a node and let it join, with the line that the invitation prints."""
@@ -227,7 +230,7 @@ class DemoFleet:
             logs = self.folder / "logs"
             logs.mkdir(exist_ok=True)
             log_file = logs / f"{name.replace(' ', '-')}.log"
-            self.children[name] = Child(name, resolved(words), log_file, self.env())
+            self.children[name] = Child(name, resolved(words), log_file, self.env(), is_tied=self._is_tied)
         return self.children[name]
 
     # --------------------------------------------------------------- its commands
@@ -241,7 +244,7 @@ class DemoFleet:
 
     def mcp(self, *args: str, timeout_s: float = COMMAND_TIMEOUT_S, **more: Any) -> subprocess.CompletedProcess[str]:
         """Run `mcp ARGS` as this fleet's operator and return how it ended, whatever the exit code."""
-        words = resolved(["mcp", "--config", str(self.config), *args])
+        words = resolved(["mcp", *args])
         return subprocess.run(
             words, capture_output=True, text=True, timeout=timeout_s, env=self.env(), check=False, stdin=subprocess.DEVNULL, **more
         )
@@ -261,11 +264,8 @@ class DemoFleet:
             AdapterError: it did not, with what it said.
         """
         self._tell(shown or shlex.join(words))
-        full = list(words)
-        if full[:1] == ["mcp"] and "--config" not in full and full[1:2] not in (["init"], ["operator"], ["bus"]):
-            full[1:1] = ["--config", str(self.config)]
         done = subprocess.run(
-            resolved(full),
+            resolved(words),
             capture_output=True,
             text=True,
             timeout=COMMAND_TIMEOUT_S,

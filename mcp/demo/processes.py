@@ -19,13 +19,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """One program of ours as a child process; its output goes to a file."""
+    """One program of ours as a child process; its output goes to a file. It ends with us, unless `is_tied` is False."""
 
-    def __init__(self, name: str, words: Sequence[str], log_file: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, words: Sequence[str], log_file: Path, env: Mapping[str, str], *, is_tied: bool = True
+    ) -> None:
         self.name = name
         self.words = list(words)
         self.log_file = log_file
         self._env = dict(env)
+        self._is_tied = is_tied
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -51,7 +54,7 @@ class Child:
                 cwd="/",
                 env=self._env,
                 start_new_session=True,  # Ctrl-C is for the one who watches
-                preexec_fn=_tied_to_us(),  # noqa: PLW1509 - one prctl, no lock taken; there is no other way
+                preexec_fn=_tied_to_us() if self._is_tied else None,  # noqa: PLW1509 - one prctl, no lock taken; there is no other way
             )
 
     def stop(self) -> None:
