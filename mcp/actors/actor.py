@@ -235,6 +235,15 @@ class Actor:
         _begin(self._tasks, self._answer_later(envelope, work), work, f"{self.name}: {type(envelope.message).__name__}")
         return LATER
 
+    def hand_over(self, envelope: Envelope, other: Actor, reply: Reply | None = None) -> _Later:
+        """Let another actor answer a letter, if need be through another reply.
+
+        Raises:
+            Refused: it cannot take it; then the letter is still ours.
+        """
+        other.post(Envelope(envelope.message, reply or envelope.reply))
+        return LATER
+
     # --------------------------------------------------------------------- letters
 
     async def handle(self, envelope: Envelope) -> Any:

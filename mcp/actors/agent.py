@@ -5,30 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
 from contextlib import suppress
 from typing import Any
 
 import attrs
 
-from mcp.actors.actor import LATER, Actor, Later, Slot, handles
+from mcp.actors.actor import Actor, Alarm, Envelope, Unheard, failed_from, handles
 from mcp.actors.agent_logs import LogSender
 from mcp.actors.node_state import NodeState
-from mcp.actors.workload import Converge, WorkloadActor
-from mcp.bus.calls import CallFailed
+from mcp.actors.workload import Converge, InHand, WorkloadActor
 from mcp.bus.codec import from_plain, size_of
 from mcp.bus.links import AgentLink, Order
-from mcp.model.container import SPEC_LABEL
-from mcp.model.errors import AdapterError, BusError, McpError
+from mcp.model import workload as model
+from mcp.model.container import Labels, read_labels
+from mcp.model.errors import AdapterError, BusError, MalformedMessage, McpError, Refused
 from mcp.model.messages import (
     AbandonWork,
     CommitWorkload,
+    ContainerState,
     DescribeImages,
     Done,
     DropWorkload,
     EngineChanged,
     EngineState,
-    Failed,
     GrantLogCredit,
     Heartbeat,
     ImagesDescribed,
@@ -39,41 +38,69 @@ from mcp.model.messages import (
     ProbeAnswer,
     PullImages,
     Register,
+    Registered,
     RemoveWorkload,
     RestartWorkload,
     Role,
     RunWorkload,
     ServiceChanged,
     ServiceGone,
-    ServiceRecord,
     StartWorkload,
     StopWorkload,
     StreamLogs,
     TakeInventory,
 )
 from mcp.model.names import is_service_name
-from mcp.model.ports import EngineEvent, Intent
-from mcp.model.saga import failed_from
+from mcp.model.ports import EngineEvent
 from mcp.model.spec import ServiceSpec
-from mcp.model.workload import Found, from_labels
+from mcp.model.workload import Known
 
 log = logging.getLogger(__name__)
 
-ENGINE_LOOK_S = 5.0
-"""How often the engine is asked whether it answers: a frozen one ends no stream."""
+FIRST_LOOK_S = 2.0
+"""How long a starting agent waits for its engine before it tells the master that it has not seen it."""
 
 REGISTER_TIMEOUT_S = 5.0
-FIRST_RETRY_S, LONGEST_RETRY_S = 0.3, 15.0
-PART_BYTES = 64 * 1024
-"""An inventory larger than this is told in parts."""
+RETRY_FIRST_S = 0.2
+RETRY_LAST_S = 10.0
+RATE_LIMITED_S = 20.0
+COMPLAIN_EVERY_S = 60.0
 
-SETTLE_S = 0.05
-"""Events of a container come in bunches (die, stop, destroy): looked at once, this long after the first."""
+PART_BYTES = 96 * 1024
+"""An inventory larger than this is told in parts; the bus takes 128 KiB."""
+
+SIGN_OF_LIFE_S = 2.0
+PULSE_S = 0.25
+"""How often whoever ordered something is told what is being done (only when it changed), and at least that it lives."""
+
+LOOK_AGAIN_S = 0.2
+"""Events come in bunches: the first is looked at at once, those after it together, this much later."""
+
+BEAT_AGAIN_S = 10.0
+"""A change that only heartbeats tell is told at once, but heartbeats come no more often than this (PLATFORM.md, Limits)."""
+
+SHUTDOWN_S = 30.0
+"""A container that ended so shortly before its engine went was stopped by the engine, and comes back with it."""
+
+DISK_LOW_BYTES = 16 * 1024 * 1024
+OPERATIONS_TOLD = 20
+DETAIL_LIMIT = 200
+
+Work = (
+    PullImages
+    | RunWorkload
+    | CommitWorkload
+    | DropWorkload
+    | RemoveWorkload
+    | StopWorkload
+    | StartWorkload
+    | RestartWorkload
+)
 
 
 @attrs.frozen(kw_only=True)
 class AgentFacts:
-    """What an agent says of itself at registration."""
+    """What an agent says of itself at registration; the incarnation is new at each start."""
 
     incarnation: str
     role: Role
@@ -84,394 +111,504 @@ class AgentFacts:
 
 
 @attrs.frozen
-class _Beat:
+class Beat:
     """Time for a heartbeat."""
 
 
-@attrs.frozen
-class _EngineSeen:
-    """The engine was looked at, or spoke."""
-
-    state: EngineState
-    reason: str = ""
-    version: str = ""
-
-
-@attrs.frozen
-class _Look:
-    """Something happened to a container of this service."""
-
-    service: str
-
-
-_WORK = (
-    PullImages, RunWorkload, CommitWorkload, DropWorkload, RemoveWorkload, StopWorkload, StartWorkload, RestartWorkload,
-)  # fmt: skip
-
-
 class AgentActor(Actor):
-    """One node's agent; `run` it until it is cancelled, then `leave`."""
+    """One node's agent: `run` until cancelled; services go on without it."""
 
     def __init__(self, facts: AgentFacts, node: NodeState, link: AgentLink) -> None:
-        super().__init__(facts.incarnation and node.name)
+        super().__init__(f"the agent of {node.name}")
         self.facts = facts
         self.node = node
-        self.link = link
+        self.version = 0
+        """Of the inventory: grows with every change that is told."""
         self.is_registered = asyncio.Event()
-        self.problems: tuple[str, ...] = ()
+        self._link = link
+        self._logs = LogSender(node, link)
         self._workloads: dict[str, WorkloadActor] = {}
+        self._lives: dict[str, asyncio.Task[None]] = {}
+        self._hands: dict[int, InHand] = {}
+        self._is_pulsing = False
+        self._epoch = 0
         self._sequence = 0
         self._heartbeat_s = facts.heartbeat_s
-        self._engine_version = ""
-        self._looking: set[str] = set()
-        self._beat_now = asyncio.Event()
-        self._logs = LogSender(node, link)
-        self._jitter = random.Random(facts.incarnation)  # noqa: S311 - spreads retries, no secret
+        self._beat_alarm = Alarm()
+        self._beat_s = 0.0
+        self._bus_alarm = Alarm()
+        self._telling = asyncio.Lock()
+        self._stale: set[str] = set()
+        self._has_stale = asyncio.Event()
+        self._is_time_to_list = asyncio.Event()
+        self._must_settle = True
+        self._victims: dict[str, frozenset[str]] | None = None
+        self._orphans: tuple[ContainerState, ...] = ()
+        self._rebuilt = ""
+        self._must_adopt = False
+        self._has_left = False
 
-    # -------------------------------------------------------------------- life
+    # ------------------------------------------------------------------------ life
 
-    async def on_start(self) -> None:
-        """Bring the node up: records, engine, services, then the master."""
-        self.link.epoch = await self.node.records.highest_epoch()
-        self.link.on_back = self._on_bus_back
-        self.node.on_change = self._on_change
-        await self._remember_or_rebuild()
-        await self.link.start(self._on_order)
+    async def started(self) -> None:
+        """Remember, look at the engine, then hear orders: the first thing said is already what is."""
+        node, records = self.node, self.node.records
+        node.tell = self._tell_service
+        node.look_again = self._look_again
+        self._epoch = self._link.epoch = await records.highest_epoch()
+        self._must_adopt = bool(records.rebuilt_reason)
+        await node.ports.load()
+        for intent in await records.intents():
+            self._workload(intent.service).believe(intent)
+        await self._look_first()
+        self._link.on_back = self._on_bus_back
+        self.spawn(self._enter(), name="registration")
         self.spawn(self._beats(), name="heartbeats")
-        self.spawn(self._register(), name="registration")
-        if self.node.engine_state != "none":
-            self.spawn(self._hear_engine(), name="engine events")
-            self.spawn(self._look_at_engine(), name="engine looks")
-        log.info("agent started", extra={"node": self.node.name, "incarnation": self.facts.incarnation})
+        if node.engine.state != "none":
+            node.engine.on_change = self._on_engine_change
+            node.engine.on_event = self._on_engine_event
+            node.engine.on_followed = self._is_time_to_list.set
+            self.spawn(node.engine.watch(), name="engine pings")
+            self.spawn(node.engine.follow(), name="engine events")
+            self.spawn(self._list_in_time(), name="engine lists")
+            self.spawn(self._refresh(), name="engine looks")
+        log.info("agent started", extra={"node": node.name, "incarnation": self.facts.incarnation, "engine": node.engine.state})
+
+    async def stopped(self) -> None:
+        """Say goodbye; services go on."""
+        await self.leave()
 
     async def leave(self) -> None:
-        """Say goodbye; services go on."""
-        with suppress(BusError):  # whoever hears no goodbye hears the connection end
-            await self.link.event(NodeLeaving(incarnation=self.facts.incarnation, reason="its agent was stopped"))
-            await self.link.transport.flush(1.0)
-
-    async def _remember_or_rebuild(self) -> None:
-        await self.node.load()
-        if self.node.engine_state == "none":
+        """Say goodbye, once."""
+        if self._has_left:
             return
-        try:
-            facts = await self.node.containers().facts()
-            self._engine_version = facts.version
-            self.node.engine_state = "up"
-            if not self.node.intents:
-                await self._rebuild()
-            await self.node.refresh_all()
-        except AdapterError as error:
-            log.warning("the engine does not answer yet: %s", error.reason)
-        for service in list(self.node.intents):
-            self._workload(service).tell(Converge())
+        self._has_left = True
+        with suppress(BusError):  # whoever hears no goodbye hears the connection end
+            await self._link.event(NodeLeaving(incarnation=self.facts.incarnation, reason="its agent was stopped"))
+            await self._link.transport.flush(1.0)
 
-    async def _rebuild(self) -> None:
-        """Without records, the labels of the containers tell what was accepted."""
-        containers = await self.node.containers().list()
-        found = {
-            (c.service, c.generation): Found(
-                service=c.service, generation=c.generation, op="", spec_hash=c.spec_hash,
-                is_running=any(o.state == "running" for o in containers if (o.service, o.generation) == (c.service, c.generation)),
-            )
-            for c in containers
-        }  # fmt: skip
-        rebuilt = 0
-        for each, is_candidate in from_labels(list(found.values())):
-            spec = await self._spec_from_labels(each)
-            if spec is None:
-                continue
-            await self.node.accept(
-                Intent(
-                    service=each.service, op=each.op or "rebuilt", generation=each.generation, spec=spec,
-                    spec_hash=each.spec_hash, desired="running" if each.is_running else "stopped", is_candidate=is_candidate,
-                ),
-                _ports_in(c for c in containers if (c.service, c.generation) == (each.service, each.generation)),
-            )  # fmt: skip
-            rebuilt += 1
-        if rebuilt:
-            self.problems = (f"state rebuilt from labels: {len(containers)} containers of {rebuilt} services",)
-            log.warning("state rebuilt from labels", extra={"containers": len(containers), "services": rebuilt})
+    async def _look_first(self) -> None:
+        if self.node.engine.state == "none":
+            return
+        with suppress(TimeoutError, AdapterError):  # an engine that is away is told, and looked for from now on
+            async with asyncio.timeout(FIRST_LOOK_S):
+                await self.node.engine.ping()
+                if self.node.engine.state == "up":
+                    await self._list()
 
-    async def _spec_from_labels(self, found: Found) -> ServiceSpec | None:
-        text = await self.node.containers().label(found.service, found.generation, SPEC_LABEL)
-        try:
-            return from_plain(ServiceSpec, json.loads(text))  # type: ignore[no-any-return]
-        except (ValueError, McpError) as error:
-            log.warning("labels of %s cannot be read: %s", found.service, error)
-            return None
+    # ---------------------------------------------------------------- registration
 
-    # ---------------------------------------------------------------- registry
+    async def _enter(self) -> None:
+        """Hear orders, and register until a master answers; without one, services run on and this goes on trying."""
+        pause_s, is_hearing = RETRY_FIRST_S, False
+        complained_s = -COMPLAIN_EVERY_S
+        while True:
+            try:
+                if not is_hearing:
+                    await self._link.start(self._on_order)
+                    is_hearing = True
+                await self._register()
+            except McpError as error:
+                now_s = self.node.clock.monotonic_s()
+                if now_s - complained_s >= COMPLAIN_EVERY_S:
+                    complained_s = now_s
+                    log.warning("not registered yet, trying on: %s", error.reason, extra={"node": self.node.name})
+                wait_s = RATE_LIMITED_S if error.code == "rate_limited" else self.node.spread(pause_s)
+                pause_s = min(2 * pause_s, RETRY_LAST_S)
+                await self._bus_alarm.unless_rung(self.node.clock.sleep(wait_s))
+            else:
+                return
 
-    def inventory(self) -> list[Inventory]:
+    async def _register(self) -> None:
+        answer: Registered | None = None
+        for part in await self._inventory():
+            answer = await self._link.register(Register(inventory=part), timeout_s=REGISTER_TIMEOUT_S)
+        assert answer is not None
+        await self._heed(answer.epoch)
+        self._heartbeat_s = answer.heartbeat_s
+        self._beat_alarm.ring()
+        self.is_registered.set()
+        log.info("registered", extra={"node": self.node.name, "epoch": answer.epoch, "heartbeat_s": answer.heartbeat_s})
+        for entry in answer.remove:
+            self._remove(entry, answer.epoch)
+
+    def _remove(self, entry: str, epoch: int) -> None:
+        """Carry a removal out that was decided while this node was away."""
+        service, _, generation = entry.rpartition("@")
+        if not (is_service_name(service) and generation.isascii() and generation.isdigit()):
+            log.warning("cannot read what is to be removed: %r", entry[:80])
+            return
+        order = RemoveWorkload(service=service, generation=int(generation))
+        self._workload(service).post(Envelope(order, Unheard(f"remove-{entry}-{epoch}")))
+
+    async def _heed(self, epoch: int) -> None:
+        """Obey a newer master, and no older one any more.
+
+        Raises:
+            Refused: code stale_epoch.
+        """
+        if epoch < self._epoch:
+            raise Refused("stale_epoch", f"{self.node.name} obeys a newer master (epoch {self._epoch}, this one is {epoch})")
+        if epoch > self._epoch:
+            self._epoch = epoch
+            try:
+                await self.node.records.raise_epoch(epoch)
+            except AdapterError as error:
+                # In memory it counts all the same, and a probe must not fail because a disk is full.
+                log.warning("cannot record the master's epoch: %s", error.reason)
+
+    async def _inventory(self) -> list[Inventory]:
         """Return everything this agent knows, in parts that fit the bus."""
-        whole = Inventory(
-            facts=self._node_facts(),
-            orphans=self.node.orphans[:100],
-            problems=self.problems,
-            version=self.node.version,
-        )
-        groups: list[list[ServiceRecord]] = [[]]
-        size = size_of(whole)
-        for record in self.node.told.values():
-            more = size_of(record_message(self.facts.incarnation, self.node.version, record))
-            if groups[-1] and size + more > PART_BYTES:
-                groups.append([])
-                size = size_of(whole)
-            groups[-1].append(record)
-            size += more
-        return [
-            attrs.evolve(whole, services=tuple(group), part=i + 1, parts=len(groups)) for i, group in enumerate(groups)
+        operations = await self.node.records.operations(OPERATIONS_TOLD)
+        whole = Inventory(facts=self._facts(), problems=self._problems(), version=self.version)
+        rows: list[tuple[str, Any]] = [
+            ("services", record) for service in sorted(self._workloads) if (record := self._workloads[service].record())
         ]
+        rows += [("orphans", orphan) for orphan in self._orphans]
+        # The oldest first: of two ends of one operation the later one is what it came to.
+        rows += [("operations", attrs.evolve(o, detail=o.detail[:DETAIL_LIMIT])) for o in reversed(operations)]
+        return in_parts(whole, rows)
 
-    def _node_facts(self) -> NodeFacts:
+    def _facts(self) -> NodeFacts:
+        host, engine = self.node.host, self.node.engine
         return NodeFacts(
             incarnation=self.facts.incarnation,
             role=self.facts.role,
             address=self.facts.address,
-            arch=self.node.host.arch,
+            arch=host.arch,
             version=self.facts.version,
             started_at=self.facts.started_at,
-            boot_id=self.node.host.boot_id,
-            engine=self.node.engine_state,
-            engine_version=self._engine_version,
-            resources=self.node.host.resources(),
+            boot_id=host.boot_id,
+            engine=engine.state,
+            engine_version=engine.version,
+            resources=host.resources(),
         )
 
-    async def _register(self) -> None:
-        """Register until a master answers; without one, services run on and this goes on trying."""
-        attempt = 0
-        while True:
-            try:
-                for part in await self._whole_inventory():
-                    answer = await self.link.register(Register(inventory=part), timeout_s=REGISTER_TIMEOUT_S)
-                await self.node.records.raise_epoch(answer.epoch)
-                self._heartbeat_s = answer.heartbeat_s
-                self.is_registered.set()
-                self._beat_now.set()
-                log.info("registered", extra={"node": self.node.name, "epoch": answer.epoch})
-                return
-            except (CallFailed, BusError, AdapterError) as error:
-                level = logging.WARNING if attempt in (0, 10) or attempt % 100 == 99 else logging.DEBUG
-                log.log(level, "not registered yet: %s", error.reason)
-                slow = isinstance(error, CallFailed) and error.code == "rate_limited"
-            base = LONGEST_RETRY_S if slow else min(LONGEST_RETRY_S, FIRST_RETRY_S * 2**min(attempt, 10))
-            await self.node.clock.sleep(base * self._jitter.uniform(0.5, 1.0))
-            attempt += 1
+    def _problems(self) -> tuple[str, ...]:
+        found = [self._rebuilt] if self._rebuilt else []
+        free = self.node.host.resources().disk_free_bytes
+        if free < DISK_LOW_BYTES:
+            found.append(f"disk full: {free // 1024} KiB left for the agent's records; deploys may be refused")
+        return tuple(found)
 
-    async def _whole_inventory(self) -> list[Inventory]:
-        operations = tuple(await self.node.records.operations(20))
-        parts = self.inventory()
-        return [*parts[:-1], attrs.evolve(parts[-1], operations=operations)]
+    # ------------------------------------------------------------------ heartbeats
 
     async def _beats(self) -> None:
         while True:
-            self._beat_now.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._heartbeat_s):
-                    await self._beat_now.wait()
-            self.tell(_Beat())
-
-    def _on_bus_back(self) -> None:
-        self._beat_now.set()
+            self.tell(Beat())
+            await self._beat_alarm.unless_rung(self.node.clock.sleep(self._heartbeat_s))
 
     @handles
-    async def on_beat(self, _: _Beat) -> Later:
+    async def on_beat(self, _: Beat) -> None:
         """Beat, from the mailbox: an agent that is stuck beats no more."""
         self._sequence += 1
+        self._beat_s = self.node.clock.monotonic_s()
         beat = Heartbeat(
             incarnation=self.facts.incarnation,
             sequence=self._sequence,
-            epoch=self.link.epoch,
-            engine=self.node.engine_state,
+            epoch=self._epoch,
+            engine=self.node.engine.state,
             resources=self.node.host.resources(),
-            containers=sum(len(record.containers) for record in self.node.told.values()),
-            inventory_version=self.node.version,
+            containers=sum(len(workload.known.containers) for workload in self._workloads.values()),
+            inventory_version=self.version,
             clock_s=self.node.clock.wall_s(),
-            problems=self.problems,
+            problems=self._problems(),
         )
-        with suppress(BusError):  # not connected: the next one tells the same
-            await self.link.heartbeat(beat)
-        return LATER
+        if self.is_registered.is_set():
+            with suppress(BusError):  # not connected: the next one, at once after the return, tells the same
+                await self._link.heartbeat(beat)
 
-    # ------------------------------------------------------------------ orders
+    def _on_bus_back(self) -> None:
+        self._bus_alarm.ring()
+        self._beat_alarm.ring()
+
+    # ---------------------------------------------------------------------- orders
 
     def _on_order(self, order: Order) -> None:
-        if isinstance(order.message, _WORK):
-            self._give(order)
-        else:
-            self.tell(order.message, order)
+        try:
+            self.post(Envelope(order.message, order))
+        except Refused as error:
+            if error.code != "stopping":  # then the connection's end says it
+                self.spawn(order.failed(failed_from(error)), name="refusal")
 
-    def _give(self, order: Order) -> None:
-        service = order.message.service
-        if not is_service_name(service):
-            self.spawn(order.failed(Failed(code="bad_name", reason=f"{service[:60]!r} is no service name")))
-            return
-        self.spawn(self._obey_epoch(order.epoch))
-        self._workload(service).tell(order.message, order)
-
-    async def _obey_epoch(self, epoch: int) -> None:
-        with suppress(AdapterError):  # a full disk; the epoch in memory is what counts while we live
-            await self.node.records.raise_epoch(epoch)
-
-    def _workload(self, service: str) -> WorkloadActor:
-        if service not in self._workloads:
-            actor = self._workloads[service] = WorkloadActor(service, self.node)
-            self.spawn(actor.run(), name=f"workload {service}")
-        return self._workloads[service]
+    async def handle(self, envelope: Envelope) -> Any:
+        """Take a letter in, unless it is from a master that was deposed."""
+        if epoch := getattr(envelope.reply, "epoch", 0):
+            self.is_registered.set()  # a master that gives orders knows us, or asks next
+            await self._heed(epoch)
+        return await super().handle(envelope)
 
     @handles
     async def on_probe(self, _: Probe) -> ProbeAnswer:
         """Answer at once, whatever else is going on."""
-        busy = tuple(actor.current.op for actor in self._workloads.values() if actor.current and actor.current.op)
         return ProbeAnswer(
             incarnation=self.facts.incarnation,
-            engine=self.node.engine_state,
-            inventory_version=self.node.version,
-            busy=busy,
+            engine=self.node.engine.state,
+            inventory_version=self.version,
+            busy=tuple(sorted({hand.op for hand in self._hands.values() if hand.op})),
         )
 
     @handles
-    async def on_take_inventory(self, _: TakeInventory) -> Inventory:
-        """Tell everything; parts before the last as progress."""
-        parts = await self._whole_inventory()
-        slot = self.current.slot if self.current else None
-        for part in parts[:-1]:
-            if slot:
-                await slot.progress(part)
-        self.is_registered.set()
-        return parts[-1]
+    async def on_take_inventory(self, _: TakeInventory, envelope: Envelope) -> Inventory:
+        """Tell everything; parts before the last come as progress."""
+        *before, last = await self._inventory()
+        for part in before:
+            await envelope.reply.progress(part)
+        return last
 
     @handles
-    async def on_describe_images(self, order: DescribeImages) -> Later:
-        """Ask the engine (and it the registry) beside the mailbox."""
-        assert self.current is not None
-        self.spawn(self._describe(order, self.current.slot))
-        return LATER
-
-    async def _describe(self, order: DescribeImages, slot: Slot | None) -> None:
-        if slot is None:
-            return
+    async def on_work(self, order: Work, envelope: Envelope) -> Any:
+        """Give an order to its service's workload, which answers it."""
+        _ = self.node.engine.containers  # refused here where there is no engine
+        if not is_service_name(order.service):
+            raise Refused("bad_name", f"{order.service[:60]!r} is no name of a service: nothing was done")
+        if isinstance(order, DropWorkload | RemoveWorkload):
+            self._give_up_runs(order.service, order.generation)
+        hand = InHand(envelope.reply, order, self._hands, self.node.clock)
+        if not self._is_pulsing:
+            self._is_pulsing = True
+            self.spawn(self._pulse(), name="signs of life")
         try:
-            images = self.node.images()
-            found = [await images.describe(image) for image in order.images]
-        except McpError as error:
-            await slot.failed(failed_from(error))
-        else:
-            await slot.final(ImagesDescribed(images=tuple(found)))
+            return self.hand_over(envelope, self._workload(order.service), hand)
+        except Refused:
+            self._hands.pop(id(hand))
+            raise
+
+    def _give_up_runs(self, service: str, generation: int) -> None:
+        """Have a run stop waiting for health when its undo is here already."""
+        for hand in self._hands.values():
+            run = hand.message
+            if isinstance(run, RunWorkload) and run.service == service and run.generation <= generation:
+                hand.abandon()
+
+    async def _pulse(self) -> None:
+        """Tell whoever ordered something what is being done, as long as anything is."""
+        while self._hands:
+            for hand in list(self._hands.values()):
+                await hand.pulse(SIGN_OF_LIFE_S)
+            await self.node.clock.sleep(PULSE_S)
+        self._is_pulsing = False
 
     @handles
-    async def on_abandon_work(self, order: AbandonWork) -> Done:
+    async def on_abandon(self, order: AbandonWork) -> Done:
         """Have whoever works on an operation stop at the next safe point."""
-        for actor in self._workloads.values():
-            if actor.current and actor.current.op == order.target_op:
-                actor.abandon(order.target_op)
-                return Done()
-        return Done(changed=False)
+        hands = [hand for hand in self._hands.values() if hand.op == order.target_op]
+        for hand in hands:
+            hand.abandon()
+        ended = self._logs.grant(order.target_op, 0)
+        return Done(changed=bool(hands) or ended)
 
     @handles
-    async def on_stream_logs(self, order: StreamLogs) -> Later:
+    async def on_describe_images(self, order: DescribeImages, envelope: Envelope) -> Any:
+        """Ask the engine (and it the registry) beside the mailbox."""
+        self.node.engine.check()
+        return self.later(envelope, self._describe(order))
+
+    async def _describe(self, order: DescribeImages) -> ImagesDescribed:
+        images = await asyncio.gather(*(self.node.engine.images.describe(image) for image in order.images))
+        return ImagesDescribed(images=tuple(images))
+
+    @handles
+    async def on_stream_logs(self, order: StreamLogs, envelope: Envelope) -> Any:
         """Send a service's output on this node's log lane, beside the mailbox."""
-        assert self.current is not None
-        if self.current.slot:
-            self.spawn(self._logs.send(order, self.current.slot))
-        return LATER
+        return self.later(envelope, self._logs.send(order))
 
     @handles
     async def on_grant_log_credit(self, order: GrantLogCredit) -> Done:
-        """Let a log stream go on (or end it)."""
+        """Let a log stream go on, or end it."""
         return Done(changed=self._logs.grant(order.stream, order.credit))
 
-    # ------------------------------------------------------------------ engine
+    # ------------------------------------------------------------------- workloads
 
-    async def _hear_engine(self) -> None:
-        async for event in self.node.output().events():
-            self._on_engine_event(event)
+    def _workload(self, service: str) -> WorkloadActor:
+        if service not in self._workloads:
+            workload = self._workloads[service] = WorkloadActor(Known(service=service), self.node)
+            self._lives[service] = self.spawn(workload.run(), name=service)
+        return self._workloads[service]
+
+    def _dismiss_idle(self) -> None:
+        """Let go of actors of which nothing is left, so that names that come and go cost nothing."""
+        for service, workload in list(self._workloads.items()):
+            if workload.is_idle and workload.told is None:
+                del self._workloads[service]
+                self._lives.pop(service).cancel()
+
+    async def _tell_service(self, workload: WorkloadActor) -> None:
+        """Tell the master what a service is now, if that is news; in the order of the inventory's versions."""
+        self._count_orphans()
+        record = workload.record()
+        if record == workload.told:
+            return
+        workload.told = record
+        self.version += 1
+        facts = {"incarnation": self.facts.incarnation, "inventory_version": self.version}
+        message = (
+            ServiceChanged(record=record, **facts)  # type: ignore[arg-type]
+            if record
+            else ServiceGone(service=workload.service, **facts)  # type: ignore[arg-type]
+        )
+        async with self._telling:
+            try:
+                await self._link.event(message)
+            except McpError as error:
+                # The next heartbeat shows a version that the master has not, and it asks for everything.
+                log.debug("could not tell of %s: %s", workload.service, error.reason)
+
+    def _count_orphans(self) -> None:
+        orphans = tuple(orphan for service in sorted(self._workloads) for orphan in self._workloads[service].orphans)
+        if orphans != self._orphans:
+            self._orphans = orphans
+            self.version += 1  # the heartbeat shows it, and the master asks for the inventory
+            if self.node.clock.monotonic_s() - self._beat_s >= min(BEAT_AGAIN_S, self._heartbeat_s):
+                self._beat_alarm.ring()
+
+    # ---------------------------------------------------------------------- engine
+
+    def _on_engine_change(self, was: EngineState, now: EngineState) -> None:
+        engine = self.node.engine
+        self.spawn(self._tell_engine(now, engine.reason), name="engine news")
+        if was == "up":
+            before = self._victims or {}
+            self._victims = {
+                service: before.get(service, frozenset()) | workload.victims(SHUTDOWN_S)
+                for service, workload in self._workloads.items()
+            }
+        if now == "up":
+            self._must_settle = True
+            self._is_time_to_list.set()
+
+    async def _tell_engine(self, state: EngineState, reason: str) -> None:
+        with suppress(BusError):  # the next heartbeat tells it too
+            await self._link.event(EngineChanged(incarnation=self.facts.incarnation, engine=state, reason=reason))
 
     def _on_engine_event(self, event: EngineEvent) -> None:
-        if event.action == "engine-up":
-            self.tell(_EngineSeen("up"))
-        elif event.action == "engine-down":
-            self.tell(_EngineSeen("down", event.detail))
-        elif event.service not in self._looking:
-            self._looking.add(event.service)
-            self.spawn(self._look_soon(event.service))
+        if not is_service_name(event.service):
+            return
+        workload = self._workload(event.service)
+        workload.hear(event)
+        if not workload.is_working:
+            self._look_again(event.service)
 
-    async def _look_soon(self, service: str) -> None:
-        await self.node.clock.sleep(SETTLE_S)
-        self._looking.discard(service)
-        self.tell(_Look(service))
+    def _look_again(self, service: str) -> None:
+        self._stale.add(service)
+        self._has_stale.set()
 
-    async def _look_at_engine(self) -> None:
+    async def _refresh(self) -> None:
+        """Look at services whose containers were heard of; one that is being worked on looks for itself."""
         while True:
-            await self.node.clock.sleep(ENGINE_LOOK_S)
+            await self._has_stale.wait()
+            self._has_stale.clear()
+            services, self._stale = self._stale, set()
             try:
-                facts = await self.node.containers().facts()
-                self.tell(_EngineSeen("up", version=facts.version))
+                for service in sorted(services):
+                    await self._look_at(self._workload(service))
             except AdapterError as error:
-                self.tell(_EngineSeen("frozen" if error.code == "engine_frozen" else "down", error.reason))
+                self.node.engine.doubt(error)  # when it is back, everything is listed
+            self._dismiss_idle()
+            await self.node.clock.sleep(LOOK_AGAIN_S)
 
-    @handles
-    async def on_engine_seen(self, seen: _EngineSeen) -> Later:
-        """Tell when the engine came, went or froze; when it is back, bring back what should run."""
-        was = self.node.engine_state
-        if seen.version:
-            self._engine_version = seen.version
-        if seen.state == was:
-            return LATER
-        self.node.engine_state = seen.state
-        log.warning("engine changed", extra={"was": was, "now": seen.state, "reason": seen.reason})
-        with suppress(BusError):  # a heartbeat tells it too
-            changed = EngineChanged(incarnation=self.facts.incarnation, engine=seen.state, reason=seen.reason)
-            await self.link.event(changed)
-        if seen.state == "up":
-            self.spawn(self._engine_is_back())
-        return LATER
+    async def _look_at(self, workload: WorkloadActor) -> None:
+        if workload.is_working:
+            return
+        found = await self.node.engine.containers.list(workload.service)
+        if not workload.is_working:
+            workload.see(found)
+            await self._tell_service(workload)
 
-    async def _engine_is_back(self) -> None:
-        if not self.node.intents:
-            with suppress(AdapterError):  # gone again: the next time
-                await self._rebuild()
-        await self.node.refresh_all()
-        for service in list(self.node.intents):
-            self._workload(service).tell(Converge())
+    async def _list_in_time(self) -> None:
+        """List everything when the engine is back, or begins to tell its events."""
+        while True:
+            await self._is_time_to_list.wait()
+            self._is_time_to_list.clear()
+            try:
+                await self._list()
+            except AdapterError as error:
+                self.node.engine.doubt(error)
+                await self.node.clock.sleep(self.node.spread(1.0))
+                if self.node.engine.state == "up":
+                    self._is_time_to_list.set()
 
-    @handles
-    async def on_look(self, look: _Look) -> Later:
-        """Look at a service whose containers were heard of; a workload that works on it looks by itself."""
-        actor = self._workloads.get(look.service)
-        if actor is None or not actor.is_busy:
-            self.spawn(self.node.refresh(look.service))
-        return LATER
+    async def _list(self) -> None:
+        found = await self.node.engine.list_all()
+        if self._must_adopt:
+            await self._adopt(found)
+            self._must_adopt = False
+        services: dict[str, list[ContainerState]] = {service: [] for service in self._workloads}
+        for container in found:
+            services.setdefault(container.service, []).append(container)
+        for service, containers in services.items():
+            workload = self._workload(service)
+            if not workload.is_working:
+                workload.see(containers)
+        if self._must_settle:
+            self._must_settle = False
+            self._settle()
+        for workload in list(self._workloads.values()):
+            await self._tell_service(workload)
 
-    # ------------------------------------------------------------------ telling
+    def _settle(self) -> None:
+        """Bring back what should run: everything at boot, after that what the engine took down with it."""
+        victims, self._victims = self._victims, {}
+        for service, workload in self._workloads.items():
+            is_all = victims is None or workload.owed is not None
+            only = None if is_all else (victims or {}).get(service, frozenset())
+            if workload.known.committed:
+                workload.tell(Converge(goal="settle", only=only))
 
-    def _on_change(self, service: str, record: ServiceRecord | None) -> None:
-        version = self.node.version
-        if record is None:
-            message: Any = ServiceGone(incarnation=self.facts.incarnation, inventory_version=version, service=service)
-        else:
-            message = record_message(self.facts.incarnation, version, record)
-        self.spawn(self._tell_master(message))
+    async def _adopt(self, found: list[ContainerState]) -> None:
+        """Make lost records anew from the labels of the containers.
 
-    async def _tell_master(self, message: Any) -> None:
-        with suppress(BusError):  # the heartbeat's inventory version tells that something was missed
-            await self.link.event(message)
+        Raises:
+            AdapterError: the engine or the records failed: it is tried again.
+        """
+        read = [each for container in found if (each := await self._read_labels(container))]
+        for intent in model.adopt(read):
+            mine = [c for c in found if (c.service, c.generation) == (intent.service, intent.generation)]
+            await self.node.records.accept(intent, model.ports_of(mine))
+            self._workload(intent.service).believe(intent)
+        await self.node.ports.load()
+        if read:
+            self._rebuilt = f"state rebuilt from labels: {len(read)} containers ({self.node.records.rebuilt_reason})"
+            log.warning(self._rebuilt, extra={"node": self.node.name})
 
-
-def record_message(incarnation: str, version: int, record: ServiceRecord) -> ServiceChanged:
-    """Return the event that tells of a service."""
-    return ServiceChanged(incarnation=incarnation, inventory_version=version, record=record)
-
-
-def _ports_in(containers: Any) -> dict[tuple[str, str], int]:
-    ports = {}
-    for container in containers:
-        for route, address in container.ports.items():
-            tail = address.rpartition(":")[2]
-            if tail.isdigit():
-                ports[container.component, route] = int(tail)
-    return ports
-
+    async def _read_labels(self, container: ContainerState) -> tuple[Labels, ServiceSpec, ContainerState] | None:
+        labels = read_labels(await self.node.engine.containers.labels(container.name))
+        if labels is None:
+            return None
+        try:
+            return labels, from_plain(ServiceSpec, json.loads(labels.spec_json)), container
+        except (ValueError, MalformedMessage) as error:
+            log.warning("the labels of %s cannot be read, it stays an orphan: %s", container.name, error)
+            return None
 
 
+def in_parts(whole: Inventory, rows: list[tuple[str, Any]]) -> list[Inventory]:
+    """Spread rows (field of the inventory, row) over as many inventories as the bus asks for, in order.
+
+    A row that is too large even alone is left out and told as a problem.
+    """
+    parts: list[dict[str, list[Any]]] = [{}]
+    problems = list(whole.problems)
+    base = size = size_of(whole)
+    for field, row in rows:
+        weight = size_of(row)
+        if base + weight > PART_BYTES:
+            name = getattr(row, "service", field)
+            problems.append(f"{name}: its record ({weight // 1024} KiB) is too large to be told: shorten its definition")
+            continue
+        if size + weight > PART_BYTES:
+            parts.append({})
+            size = base
+        parts[-1].setdefault(field, []).append(row)
+        size += weight
+    return [
+        Inventory(
+            facts=whole.facts,
+            problems=tuple(problems),
+            version=whole.version,
+            part=number,
+            parts=len(parts),
+            **{field: tuple(some) for field, some in part.items()},
+        )
+        for number, part in enumerate(parts, 1)
+    ]

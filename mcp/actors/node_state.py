@@ -1,37 +1,27 @@
-"""What an agent knows of its node: intents, what really runs, and what has been told of it. Shared by its workloads."""
+"""What all workloads of a node share: its records, its engine, its ports, and the ways to tell what became of them."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
+from mcp.actors.engine import Engine
 from mcp.model.container import ContainerDefaults
 from mcp.model.errors import AdapterError
-from mcp.model.messages import ContainerState, EngineState, ServiceRecord
-from mcp.model.names import container_name
-from mcp.model.ports import (
-    Clock,
-    ContainerOutput,
-    Containers,
-    HealthChecks,
-    Host,
-    Images,
-    Intent,
-    Records,
-)
-from mcp.model.spec import ComponentSpec, ServiceSpec
-from mcp.model.views import rfc3339
-from mcp.model.workload import Intents, orphans_of, record_of, sort_by_service
+from mcp.model.ports import Clock, ContainerOutput, Containers, HealthChecks, Host, Images, Records
+from mcp.model.spec import ServiceSpec
+from mcp.model.workload import rfc3339
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from mcp.actors.workload import WorkloadActor
 
-OnChange = Callable[[str, ServiceRecord | None], None]
-"""Told a service and its new record, or None when nothing of it is left."""
+PORT_TRIES = 200
+"""Ports that may be taken by others before it is said that none is free."""
 
 
 class NodeState:
-    """One node's memory, with the records behind it and the engine beside it."""
+    """One node. `own_paths` are folders of the control plane itself: never mounted into a container."""
 
     def __init__(
         self,
@@ -44,6 +34,8 @@ class NodeState:
         spec_to_text: Callable[[ServiceSpec], str],
         engine: tuple[Images, Containers, ContainerOutput] | None,
         port_range: tuple[int, int] = (10_000, 60_000),
+        own_paths: tuple[str, ...] = (),
+        chance: random.Random | None = None,
     ) -> None:
         self.name = defaults.node
         self.records = records
@@ -52,174 +44,76 @@ class NodeState:
         self.checks = checks
         self.defaults = defaults
         self.spec_to_text = spec_to_text
-        self.engine_state: EngineState = "none" if engine is None else "down"
-        self.intents: dict[str, Intents] = {}
-        self.told: dict[str, ServiceRecord] = {}
-        self.orphans: tuple[ContainerState, ...] = ()
-        self.ready: set[tuple[str, int]] = set()
-        self.trouble: dict[str, str] = {}
-        self.version = 0
-        self.on_change: OnChange = lambda service, record: None
-        self._engine = engine
-        self._ports = port_range
-        self._next_port = port_range[0]
-        self._gone: dict[str, str] = {}
-        self._choosing = asyncio.Lock()
-        self._reserved: set[int] = set()
+        self.own_paths = own_paths
+        self.engine = Engine(defaults.node, engine, clock)
+        self.ports = PortPool(records, host, address=defaults.publish_address, port_range=port_range)
+        self.tell: Callable[[WorkloadActor], Awaitable[None]] = _untold
+        """Tells the master what a service is now."""
+        self.look_again: Callable[[str], None] = _unseen
+        """Has the engine asked about a service soon."""
+        self._chance = chance or random.Random()  # noqa: S311 - spreads retries, no secret
 
-    # ------------------------------------------------------------------- ports
+    def spread(self, seconds: float) -> float:
+        """Return about as many seconds, so that what failed together is not tried again together."""
+        return seconds * self._chance.uniform(0.75, 1.25)
 
-    def images(self) -> Images:
-        """Return the engine's images."""
-        return self._need_engine()[0]
-
-    def containers(self) -> Containers:
-        """Return the engine's containers."""
-        return self._need_engine()[1]
-
-    def output(self) -> ContainerOutput:
-        """Return what the engine's containers say."""
-        return self._need_engine()[2]
-
-    def _need_engine(self) -> tuple[Images, Containers, ContainerOutput]:
-        if self._engine is None:
-            raise AdapterError(f"{self.name} has no container engine and runs no containers", code="no_engine")
-        return self._engine
-
-    # ----------------------------------------------------------------- intents
-
-    async def load(self) -> None:
-        """Read the intents from the records."""
-        self.intents = sort_by_service(await self.records.intents())
-
-    async def accept(self, intent: Intent, ports: Mapping[tuple[str, str], int]) -> None:
-        """Write an intent (and its ports) down.
-
-        Raises:
-            AdapterError: it was not accepted.
-        """
-        try:
-            await self.records.accept(intent, ports)
-        finally:
-            self._reserved -= set(ports.values())
-        old = self.intents.get(intent.service, Intents())
-        self.intents[intent.service] = (
-            Intents(own=old.own, candidate=intent) if intent.is_candidate else Intents(own=intent, candidate=old.candidate)
-        )
-
-    async def commit(self, service: str, generation: int) -> None:
-        """Make a candidate the service's own."""
-        await self.records.commit(service, generation)
-        await self.load()
-
-    async def forget(self, service: str, generation: int, *, candidate_only: bool) -> None:
-        """Drop intents up to a generation."""
-        await self.records.forget(service, generation, candidate_only=candidate_only)
-        self.trouble.pop(service, None)
-        await self.load()
-
-    # ------------------------------------------------------------------- ports
-
-    async def choose_ports(self, spec: ServiceSpec) -> dict[tuple[str, str], int]:
-        """Return a free host port for each route; they stay reserved until the intent is accepted.
-
-        Raises:
-            AdapterError: code no_free_port.
-        """
-        wanted = [(component.name, route.name) for component in spec.components for route in component.routes]
-        if not wanted:
-            return {}
-        async with self._choosing:
-            taken = await self.records.ports() | self._reserved
-            chosen: dict[tuple[str, str], int] = {}
-            for key in wanted:
-                port = self._free_port(taken)
-                taken.add(port)
-                chosen[key] = port
-            self._reserved |= set(chosen.values())
-        return chosen
-
-    def _free_port(self, taken: set[int]) -> int:
-        first, last = self._ports
-        count = last - first + 1
-        for i in range(count):
-            port = first + (self._next_port - first + i) % count
-            if port not in taken and self.host.is_port_free(self.defaults.publish_address, port):
-                self._next_port = port + 1 if port < last else first
-                return port
-        raise AdapterError(
-            f"no free port on {self.name} between {first} and {last} at {self.defaults.publish_address}",
-            code="no_free_port",
-            hint="Widen [ports] in mcp-agent.toml.",
-        )
-
-    # ----------------------------------------------------------------- looking
-
-    async def refresh(self, service: str) -> ServiceRecord | None:
-        """Look at a service again and tell what changed; with the engine away the last known containers stand."""
-        intents = self.intents.get(service, Intents())
-        if intents.is_empty:
-            self._tell(service, None)
-            return None
-        containers = await self._look(service)
-        self._note_gone(intents, containers)
-        record = record_of(
-            service,
-            intents,
-            containers,
-            ready=intents.candidate is not None and (service, intents.candidate.generation) in self.ready,
-            problems=[self.trouble[service]] if service in self.trouble else [],
-            gone=self._gone,
-        )
-        self._tell(service, record)
-        return record
-
-    async def refresh_all(self) -> None:
-        """Look at everything again, orphans included."""
-        if self._engine is not None:
-            try:
-                self.orphans = orphans_of(self.intents, await self.containers().list())
-            except AdapterError as error:
-                log.info("containers cannot be listed: %s", error.reason)
-        for service in sorted({*self.intents, *self.told}):
-            await self.refresh(service)
-
-    async def _look(self, service: str) -> list[ContainerState]:
-        if self._engine is None:
-            return []
-        try:
-            return await self.containers().list(service)
-        except AdapterError:
-            before = self.told.get(service)
-            return [c for c in before.containers if c.state != "missing"] if before else []
-
-    def _note_gone(self, intents: Intents, containers: list[ContainerState]) -> None:
-        own = intents.own
-        if own is None or self.engine_state != "up":
-            return
-        there = {c.name for c in containers}
-        for component in own.spec.components:
-            name = self.container_name(own, component)
-            if name in there:
-                self._gone.pop(name, None)
-            else:
-                self._gone.setdefault(name, self.now_text())
-
-    def _tell(self, service: str, record: ServiceRecord | None) -> None:
-        if self.told.get(service) == record:
-            return
-        self.version += 1
-        if record is None:
-            self.told.pop(service, None)
-        else:
-            self.told[service] = record
-        self.on_change(service, record)
-
-    @staticmethod
-    def container_name(intent: Intent, component: ComponentSpec) -> str:
-        """Return the name of a component's container."""
-        return container_name(intent.service, component.name, intent.generation)
-
-    def now_text(self) -> str:
+    def now(self) -> str:
         """Return the wall clock as RFC 3339 UTC."""
         return rfc3339(self.clock.wall_s())
+
+    def time_of_day(self) -> str:
+        """Return the wall clock as people read it: 12:03:04Z."""
+        return self.now()[11:19] + "Z"
+
+
+async def _untold(_: WorkloadActor) -> None:
+    """Nobody wants to know."""
+
+
+def _unseen(_: str) -> None:
+    """Nobody looks."""
+
+
+class PortPool:
+    """The host ports a node gives to routes: free ones, each to one generation of one service only."""
+
+    def __init__(self, records: Records, host: Host, *, address: str, port_range: tuple[int, int]) -> None:
+        self._records = records
+        self._host = host
+        self._address = address
+        self._first, self._last = port_range
+        self._next = self._first
+        self._used: set[int] = set()
+        self._promised: set[int] = set()
+
+    async def load(self) -> None:
+        """Read which ports generations have."""
+        self._used = await self._records.ports()
+
+    def take(self) -> int:
+        """Return a port that nobody uses; it stays promised until `settle`.
+
+        Raises:
+            AdapterError: code no_port.
+        """
+        for _ in range(min(PORT_TRIES + len(self._used), self._last - self._first + 1)):
+            port = self._next
+            self._next = port + 1 if port < self._last else self._first
+            if port not in self._used and port not in self._promised and self.is_free(port):
+                self._promised.add(port)
+                return port
+        raise AdapterError(
+            f"cannot find a free port from {self._first} to {self._last} on {self._address}",
+            code="no_port",
+            hint=f"Is {self._address} an address of this node? If it is, widen [ports] in mcp-agent.toml.",
+        )
+
+    def is_free(self, port: int) -> bool:
+        """Say whether a port can be listened on now."""
+        return self._host.is_port_free(self._address, port)
+
+    def settle(self, ports: set[int], *, are_written: bool) -> None:
+        """End a promise: the ports are in the records now, or free again."""
+        self._promised -= ports
+        if are_written:
+            self._used |= ports

@@ -1,195 +1,573 @@
-"""What a service on a node should look like, and what to do about it: pure, for orders, boot and retries alike."""
+"""What an agent decides about one service: which orders it takes, what is to be done next, and how it is told. Pure.
+
+There is one way from what is to what shall be, `converge`: orders, boot, the return of the engine and every retry use it,
+so doing a thing twice, or half and then again, ends the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Literal
 
 import attrs
 
-from mcp.model.messages import Candidate, ContainerState, ServiceRecord
-from mcp.model.names import container_name
+from mcp.model.container import Labels
+from mcp.model.errors import McpError, Refused
+from mcp.model.messages import (
+    Candidate,
+    CommitWorkload,
+    ContainerLog,
+    ContainerState,
+    DropWorkload,
+    Failed,
+    RemoveWorkload,
+    RestartWorkload,
+    RunWorkload,
+    ServiceRecord,
+    StartWorkload,
+    StopWorkload,
+)
+from mcp.model.names import container_name, is_service_name
 from mcp.model.ports import Intent
-from mcp.model.spec import ComponentSpec
+from mcp.model.spec import ComponentSpec, ServiceSpec
 
-MAX_DETAIL = 300
+RUNNING = ("running", "restarting")
+
+DEFAULT_GRACE_S = 10.0
+"""For a container whose definition nobody remembers."""
+
+UNPROVEN_GRACE_S = 2.0
+"""For a container that was never healthy: it serves nobody, and its undo should not take long."""
+
+LOST_WITH_THE_MACHINE = 255
+"""The exit code that Docker writes for a container whose machine lost its power."""
 
 
 @attrs.frozen(kw_only=True)
-class Intents:
-    """The one or two intents of a service: its own, and a candidate for its place."""
+class Known:
+    """What an agent knows of one service: its accepted intents, and the containers the engine showed last."""
 
-    own: Intent | None = None
+    service: str
+    committed: Intent | None = None
     candidate: Intent | None = None
-
-    @classmethod
-    def of(cls, found: Iterable[Intent]) -> Intents:
-        """Sort them out."""
-        listed = list(found)
-        return cls(
-            own=next((i for i in listed if not i.is_candidate), None),
-            candidate=next((i for i in listed if i.is_candidate), None),
-        )
+    containers: tuple[ContainerState, ...] = ()
+    highest: int = 0
+    """The highest generation this node must not go back to: accepted once, dropped, or seen on a container."""
 
     @property
-    def is_empty(self) -> bool:
-        """Whether nothing was accepted."""
-        return self.own is None and self.candidate is None
+    def intents(self) -> tuple[Intent, ...]:
+        """What was accepted, the newest first."""
+        return tuple(intent for intent in (self.candidate, self.committed) if intent)
 
-    @property
-    def generations(self) -> set[int]:
-        """The generations that may have containers."""
-        return {intent.generation for intent in (self.own, self.candidate) if intent}
+    def intent(self, generation: int) -> Intent | None:
+        """Return the intent of a generation."""
+        return next((intent for intent in self.intents if intent.generation == generation), None)
 
-
-def sort_by_service(found: Iterable[Intent]) -> dict[str, Intents]:
-    """Return the intents of each service."""
-    listed = list(found)
-    return {name: Intents.of(i for i in listed if i.service == name) for name in sorted({i.service for i in listed})}
+    def container(self, generation: int, component: str) -> ContainerState | None:
+        """Return the container of a component."""
+        return next((c for c in self.containers if (c.generation, c.component) == (generation, component)), None)
 
 
-# ----------------------------------------------------------------------- record
+# ---------------------------------------------------------------- which orders
+
+OnCommitted = StopWorkload | StartWorkload | RestartWorkload
 
 
-def record_of(
-    service: str,
-    intents: Intents,
-    containers: Sequence[ContainerState],
-    *,
-    ready: bool,
-    problems: Sequence[str],
-    gone: Mapping[str, str],
-) -> ServiceRecord | None:
-    """Return what there is to tell of a service; None when nothing was accepted.
+def check_run(known: Known, order: RunWorkload, node: str) -> bool:
+    """Say whether this generation is new (False: it was accepted before, and is asked for again).
 
-    `gone` has, for a container that was there and is not, when that was noticed (RFC 3339).
+    Raises:
+        Refused: stale_generation, or bad_name.
     """
-    own, candidate = intents.own, intents.candidate
-    shown = own or candidate
-    if shown is None:
+    names = [order.service, *(component.name for component in order.spec.components)]
+    bad = [name for name in names if not is_service_name(name)]
+    if bad or order.spec.name != order.service:
+        raise Refused("bad_name", f"cannot run {order.service[:60]!r}: a name in its definition is not legal: {(bad or [order.spec.name])[0][:60]!r}")
+    mine = known.intent(order.generation)
+    if mine and mine.spec_hash == order.spec_hash:
+        return False
+    if order.generation <= known.highest:
+        raise stale(known, order.generation, node)
+    return True
+
+
+def check_commit(known: Known, order: CommitWorkload, node: str) -> bool:
+    """Say whether there is something to commit (False: it is committed already).
+
+    Raises:
+        Refused: stale_generation, not_here, or not_ready.
+    """
+    mine = known.intent(order.generation)
+    if mine is None:
+        raise missing_generation(known, order.generation, node)
+    if mine.is_candidate and not mine.ready:
+        raise Refused("not_ready", f"cannot commit generation {order.generation} of {known.service} on {node}: it was never seen whole and healthy")
+    return mine.is_candidate
+
+
+def check_committed(known: Known, order: OnCommitted, node: str) -> Intent:
+    """Return the intent that an order to stop, start or restart is about.
+
+    Raises:
+        Refused: stale_generation, or not_here.
+    """
+    if known.committed is None or known.committed.generation != order.generation:
+        raise missing_generation(known, order.generation, node)
+    return known.committed
+
+
+def check_drop(known: Known, order: DropWorkload, node: str) -> None:
+    """Let an undo pass; one of a generation that is not here (any more) finds nothing to do.
+
+    Raises:
+        Refused: committed; the service's own generation is removed only by RemoveWorkload.
+    """
+    if known.committed and known.committed.generation == order.generation:
+        raise Refused("committed", f"cannot drop generation {order.generation} of {known.service} on {node}: it is the service's own by now")
+
+
+def missing_generation(known: Known, generation: int, node: str) -> Refused:
+    """Make the refusal of an order about a generation that is not here."""
+    if generation < known.highest:
+        return stale(known, generation, node)
+    have = ", ".join(str(intent.generation) for intent in known.intents) or "none"
+    return Refused("not_here", f"generation {generation} of {known.service} is not on {node} (there: {have})")
+
+
+def stale(known: Known, generation: int, node: str) -> Refused:
+    """Make the refusal of an order that comes too late."""
+    return Refused(
+        "stale_generation",
+        f"{node} has accepted generation {known.highest} of {known.service} already; an order for generation {generation} comes too late",
+        hint=f"`mcp status {known.service}` shows what runs; deploy again if it is not what you want.",
+    )
+
+
+# ----------------------------------------------------------------- what to do
+
+Selector = Callable[[ContainerState], bool]
+
+
+
+@attrs.frozen
+class Make:
+    """Create the container of a component."""
+
+    component: ComponentSpec
+    generation: int
+
+
+@attrs.frozen
+class Launch:
+    """Start a container that is there."""
+
+    component: ComponentSpec
+    generation: int
+
+
+@attrs.frozen
+class Await:
+    """Wait until a container is healthy."""
+
+    component: ComponentSpec
+    generation: int
+
+
+@attrs.frozen
+class Halt:
+    """Stop a container."""
+
+    name: str
+    grace_s: float
+
+
+@attrs.frozen
+class Discard:
+    """Remove a container."""
+
+    name: str
+
+
+Action = Make | Launch | Await | Halt | Discard
+
+Goal = Literal["run", "retire", "drop", "resume", "remove", "stop", "start", "restart", "settle"]
+"""run: the candidate up beside the committed one. retire: nothing older than the committed one. drop: nothing of a
+generation. resume: the committed one up that was stopped for a candidate. remove: nothing up to a generation. stop, start,
+restart: the committed one. settle: what boot and the return of the engine owe the committed one; a candidate is left for
+the master to finish or undo.
+"""
+
+
+def converge(known: Known, goal: Goal, generation: int = 0, *, only: Collection[str] | None = None) -> list[Action]:
+    """Return what is to be done, in order, to get from what is to what the goal asks; nothing when it is reached.
+
+    `generation` is needed for run, drop and remove. `only` are names of containers that settle may touch (None: all).
+    """
+    match goal:
+        case "run":
+            return _run(known, generation)
+        case "drop":
+            return _discard(known, lambda c: c.generation == generation)
+        case "resume":
+            return _resume(known)
+        case "remove":
+            return _discard(known, lambda c: c.generation <= generation)
+        case "retire":
+            return _retire(known)
+        case "stop":
+            return _halt(known, known.committed)
+        case "start":
+            return _up(known, known.committed)
+        case "restart":
+            return _restart(known)
+        case "settle":
+            return _retire(known) + _settle(known, only)
+
+
+def _run(known: Known, generation: int) -> list[Action]:
+    mine = known.intent(generation)
+    if mine is None:
+        return []
+    have = {c.component for c in known.containers if c.generation == generation}
+    made: list[Action] = [Make(c, generation) for c in mine.spec.components if c.name not in have]
+    halted = _halt(known, known.committed) if mine.is_candidate and mine.spec.stops_first else []
+    if not mine.spec.active:
+        return made + halted
+    if not halted:
+        return _up(known, mine)
+    # What can go wrong in creating goes wrong before the old copy is touched, and it is away for a shorter time.
+    return made + halted + [action for action in _up(known, mine) if action not in made]
+
+
+def _up(known: Known, intent: Intent | None) -> list[Action]:
+    actions: list[Action] = []
+    for component in intent.spec.components if intent else ():
+        assert intent is not None
+        actions += _raise(known, intent, component)
+        actions.append(Await(component, intent.generation))
+    return actions
+
+
+def _raise(known: Known, intent: Intent, component: ComponentSpec) -> list[Action]:
+    """Return how a component's container comes to run, from whatever state it is in."""
+    container = known.container(intent.generation, component.name)
+    make: list[Action] = [Make(component, intent.generation), Launch(component, intent.generation)]
+    if container is None:
+        return make
+    if container.state in RUNNING:
+        return []
+    if container.state in ("created", "exited"):
+        return make[1:]
+    return [Discard(container.name), *make]  # paused or dead: neither starts
+
+
+def _restart(known: Known) -> list[Action]:
+    actions: list[Action] = []
+    for component in known.committed.spec.components if known.committed else ():
+        assert known.committed is not None
+        container = known.container(known.committed.generation, component.name)
+        if container and container.state in RUNNING:
+            actions += [Halt(container.name, component.stop_grace_s), Launch(component, container.generation)]
+        else:
+            actions += _raise(known, known.committed, component)
+        actions.append(Await(component, known.committed.generation))
+    return actions
+
+
+def _settle(known: Known, only: Collection[str] | None) -> list[Action]:
+    mine = known.committed
+    if mine is None or mine.desired == "stopped":
+        return []
+    if known.candidate and known.candidate.spec.stops_first:
+        return []  # the old copy was stopped for the candidate's sake: together they would fight for a port or a volume
+    actions: list[Action] = []
+    for component in mine.spec.components:
+        name = container_name(known.service, component.name, mine.generation)
+        container = known.container(mine.generation, component.name)
+        if only is not None and name not in only:
+            continue
+        if container and (container.state == "paused" or (only is None and not _comes_back(component, container))):
+            continue
+        actions += _raise(known, mine, component)
+    return actions
+
+
+def _comes_back(component: ComponentSpec, container: ContainerState) -> bool:
+    """Say whether a stopped container of this restart policy is to be started at boot."""
+    if container.state != "exited":
+        return True
+    policy = component.restart.partition(":")[0]
+    if policy == "no":
+        return container.exit_code == LOST_WITH_THE_MACHINE
+    return policy != "on-failure" or container.exit_code != 0
+
+
+def _resume(known: Known) -> list[Action]:
+    mine = known.committed
+    if mine is None or mine.desired == "stopped" or (known.candidate and known.candidate.spec.stops_first):
+        return []
+    stopped = {c.component for c in known.containers if c.generation == mine.generation and c.state in ("created", "exited")}
+    return [Launch(c, mine.generation) for c in mine.spec.components if c.name in stopped]
+
+
+def _retire(known: Known) -> list[Action]:
+    mine, kept = known.committed, {intent.generation for intent in known.intents}
+    if mine is None:
+        return []
+    return _discard(known, lambda c: c.generation < mine.generation and c.generation not in kept)
+
+
+def _halt(known: Known, intent: Intent | None) -> list[Action]:
+    if intent is None:
+        return []
+    up = [c for c in known.containers if c.generation == intent.generation and c.state in (*RUNNING, "paused")]
+    return [Halt(c.name, grace_s(known, c)) for c in _last_first(known, up)]
+
+
+def _discard(known: Known, which: Selector) -> list[Action]:
+    actions: list[Action] = []
+    for container in _last_first(known, [c for c in known.containers if which(c)]):
+        if container.state in RUNNING:
+            actions.append(Halt(container.name, grace_s(known, container)))
+        actions.append(Discard(container.name))
+    return actions
+
+
+def _last_first(known: Known, containers: Iterable[ContainerState]) -> list[ContainerState]:
+    """Sort so that what was started last goes first; the order of the components is the order of starting."""
+    order = [component.name for intent in known.intents for component in intent.spec.components]
+    place = {name: order.index(name) for name in order}
+    return sorted(containers, key=lambda c: (-place.get(c.component, -1), c.name))
+
+
+def grace_s(known: Known, container: ContainerState) -> float:
+    """Return how long a container may take to stop, in seconds."""
+    mine = known.intent(container.generation)
+    for intent in (mine, *known.intents):
+        for component in intent.spec.components if intent else ():
+            if component.name == container.component:
+                is_unproven = mine is not None and mine.is_candidate and not mine.ready
+                return min(component.stop_grace_s, UNPROVEN_GRACE_S) if is_unproven else component.stop_grace_s
+    return DEFAULT_GRACE_S
+
+
+def describe(action: Action, service: str) -> str:
+    """Say what an action does, for whoever follows the operation."""
+    match action:
+        case Make(component, generation):
+            return f"creating {short(container_name(service, component.name, generation))}"
+        case Launch(component, generation):
+            return f"starting {short(container_name(service, component.name, generation))}"
+        case Await(component, generation):
+            return f"waiting until {short(container_name(service, component.name, generation))} is healthy"
+        case Halt(name, grace):
+            return f"stopping {short(name)} (up to {grace:g} s)"
+        case Discard(name):
+            return f"removing {short(name)}"
+
+
+def rfc3339(wall_s: float) -> str:
+    """Write seconds since 1970 as RFC 3339 UTC with microseconds: two agents' starts are told apart by it."""
+    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def short(name: str) -> str:
+    """Return a container's name as people see it: web.g3."""
+    return name.removeprefix("mcp.")
+
+
+# ------------------------------------------------------------------ how it is told
+
+
+def record_of(known: Known, *, problems: Iterable[str] = ()) -> ServiceRecord | None:
+    """Return what the master is told of a service; None when there is no intent."""
+    main = known.committed or known.candidate
+    if main is None:
         return None
-    mine = [c for c in containers if c.service == service and c.generation in intents.generations]
-    if own is not None:
-        mine += missing(own, mine, gone)
+    candidate = known.candidate
     return ServiceRecord(
-        service=service,
-        op=shown.op,
-        generation=own.generation if own else 0,
-        spec=shown.spec,
-        spec_hash=shown.spec_hash,
-        desired=shown.desired,
+        service=known.service,
+        op=main.op,
+        generation=known.committed.generation if known.committed else 0,
+        spec=main.spec,
+        spec_hash=main.spec_hash,
+        desired=main.desired,
         candidate=Candidate(
             op=candidate.op,
             generation=candidate.generation,
             spec=candidate.spec,
             spec_hash=candidate.spec_hash,
-            ready=ready,
+            ready=candidate.ready,
         )
         if candidate
         else None,
-        containers=tuple(sorted(mine, key=lambda c: (c.component, c.generation))),
+        containers=known.containers,
         problems=tuple(problems),
     )
 
 
-def missing(own: Intent, containers: Sequence[ContainerState], gone: Mapping[str, str]) -> list[ContainerState]:
-    """Return a row for each component that should have a container and has none."""
-    there = {c.component for c in containers if c.generation == own.generation}
-    rows = []
-    for component in own.spec.components:
-        if component.name in there:
-            continue
-        name = container_name(own.service, component.name, own.generation)
-        when = f" (noticed {gone[name]})" if name in gone else ""
-        rows.append(
-            ContainerState(
-                service=own.service,
-                component=component.name,
-                name=name,
-                image=component.image,
-                state="missing",
-                spec_hash=own.spec_hash,
-                generation=own.generation,
-                problem=f"{name} was removed outside of MCP{when}; `mcp start {own.service}` makes it anew",
-            )
+def with_drift(known: Known, noticed: Mapping[str, str]) -> Known:
+    """Return the same with a problem on each container that is not as it should be, and an entry for each missing one.
+
+    `noticed` says since when, by component ("12:03:04Z"). Drift is told and not repaired: somebody did it on purpose.
+    """
+    seen = {c.component: drift_of(known, c) for c in _own(known)}
+    containers = [
+        attrs.evolve(c, problem=text)
+        if known.committed and c.generation == known.committed.generation and (text := _text(seen.get(c.component, ""), c.component, noticed))
+        else c
+        for c in known.containers
+    ]
+    return attrs.evolve(known, containers=(*containers, *_missing(known, noticed)))
+
+
+def _own(known: Known) -> list[ContainerState]:
+    mine = known.committed
+    return [c for c in known.containers if mine and c.generation == mine.generation]
+
+
+def _missing(known: Known, noticed: Mapping[str, str]) -> list[ContainerState]:
+    mine = known.committed
+    have = {c.component for c in _own(known)}
+    if mine is None or mine.desired == "stopped":
+        return []
+    return [
+        ContainerState(
+            service=known.service,
+            component=component.name,
+            name=container_name(known.service, component.name, mine.generation),
+            image=component.image,
+            state="missing",
+            spec_hash=mine.spec_hash,
+            generation=mine.generation,
+            problem=_text(f"removed outside{{}}; `mcp start {known.service}` makes it anew", component.name, noticed),
         )
-    return rows
+        for component in mine.spec.components
+        if component.name not in have
+    ]
 
 
-def orphans_of(intents: Mapping[str, Intents], containers: Iterable[ContainerState]) -> tuple[ContainerState, ...]:
-    """Return our containers that belong to no accepted intent."""
-    return tuple(
-        c for c in containers if c.service not in intents or c.generation not in intents[c.service].generations
+def _text(template: str, component: str, noticed: Mapping[str, str]) -> str:
+    at = noticed.get(component, "")
+    return template.format(f" at {at}" if at else "")
+
+
+def drift_of(known: Known, container: ContainerState) -> str:
+    """Say what is wrong with a container of the committed generation, `{}` standing for since when; "" when nothing is."""
+    mine = known.committed
+    component = next((c for c in mine.spec.components if c.name == container.component), None) if mine else None
+    if mine is None or component is None:
+        return ""
+    is_up = container.state in RUNNING
+    if mine.desired == "stopped":
+        return f"started outside{{}}; `mcp stop {known.service}` stops it" if is_up else ""
+    if container.state == "running" or is_completed(component, container):
+        return ""
+    start = f"`mcp start {known.service}` starts it"
+    if container.state == "restarting":
+        return f"restarts again and again (exit code {container.exit_code}, {container.restarts} times); `mcp logs {known.service}` may say why"
+    if container.out_of_memory:
+        return f"ran out of memory{{}} and is down; raise `memory`, then {start}"
+    if container.state == "paused":
+        return "paused outside{}; `docker unpause` on the node wakes it"
+    policy = component.restart.partition(":")[0]
+    if policy in ("always", "unless-stopped"):  # the engine itself would have restarted what merely ended
+        return f"stopped outside{{}} (exit code {container.exit_code}); {start}"
+    return f"ended{{}} with exit code {container.exit_code}; `mcp logs {known.service}`, then {start}"
+
+
+def drifted(known: Known) -> set[str]:
+    """Return the components of the committed generation that are not as they should be."""
+    wrong = {c.component for c in _own(known) if drift_of(known, c)}
+    return wrong | {c.component for c in _missing(known, {})}
+
+
+def is_completed(component: ComponentSpec, container: ContainerState) -> bool:
+    """Say whether a container has done its work: it ended well, was not to be restarted, and has nothing to serve."""
+    ends = component.restart.partition(":")[0] in ("no", "on-failure")
+    serves = bool(component.routes or component.health.path or component.health.tcp or component.health.cmd)
+    return ends and not serves and container.state == "exited" and container.exit_code == 0
+
+
+# ---------------------------------------------------------------- what went wrong
+
+
+class WorkFailed(McpError):
+    """A container did not come to run healthily; `failed` is the frame for the master, with its last lines."""
+
+    def __init__(self, code: str, reason: str, *, hint: str, log: ContainerLog) -> None:
+        super().__init__(reason, hint=hint, code=code)
+        self.failed = Failed(code=code, reason=reason, hint=hint, logs=(log,))
+
+
+def exited(container: ContainerState, node: str, after_s: float, lines: Iterable[str]) -> WorkFailed:
+    """Make the failure of a container that ended before it was healthy."""
+    log = _log(container, lines)
+    if container.state == "missing":
+        return WorkFailed("removed", f"{short(container.name)} on {node} was removed outside while it came up", hint="", log=log)
+    ended = "ran out of memory" if container.out_of_memory else f"exited with code {container.exit_code}"
+    hint = "Raise `memory` in its definition." if container.out_of_memory else "Its last lines are below."
+    return WorkFailed("exited", f"{short(container.name)} on {node} {ended} after {after_s:.1f} s, before it was healthy", hint=hint, log=log)
+
+
+def unhealthy(container: ContainerState, node: str, after_s: float, seen: str, lines: Iterable[str]) -> WorkFailed:
+    """Make the failure of a container that runs and was not healthy in time; `seen` is the last check's finding."""
+    log = attrs.evolve(_log(container, lines), exit_code=None)
+    hint = "The container must listen on the port in $PORT, on all addresses." if "refused" in seen else "Its last lines are below."
+    return WorkFailed("unhealthy", f"{short(container.name)} on {node} was not healthy within {after_s:.0f} s: {seen}", hint=hint, log=log)
+
+
+def _log(container: ContainerState, lines: Iterable[str]) -> ContainerLog:
+    return ContainerLog(
+        component=container.component,
+        container=container.name,
+        exit_code=container.exit_code,
+        out_of_memory=container.out_of_memory,
+        lines=tuple(lines),
     )
 
 
-# --------------------------------------------------------------------- converge
+# -------------------------------------------------------------- lost and found
 
 
-@attrs.frozen(kw_only=True)
-class Todo:
-    """What is missing for a component to run: make its container, start it, or nothing."""
+def adopt(found: Iterable[tuple[Labels, ServiceSpec, ContainerState]]) -> list[Intent]:
+    """Return the intents that labels of containers tell of, after the records were lost.
 
-    component: ComponentSpec
-    name: str
-    action: str  # "create" or "start"
-
-
-def to_do(intent: Intent, containers: Sequence[ContainerState], *, on_request: bool) -> list[Todo]:
-    """Return what is missing for an intent to be true, in the order of its components.
-
-    Without a request (boot, the engine is back) a container that ended by itself, and whose policy does not bring it back,
-    is left alone: it has done its work.
+    Two generations of a service are a deploy that was under way: the newest is a candidate that the master finishes or
+    undoes. A service of which nothing runs was stopped by somebody, and stays so.
     """
-    todo = []
-    for component in intent.spec.components:
-        name = container_name(intent.service, component.name, intent.generation)
-        container = next((c for c in containers if c.name == name), None)
-        if container is None:
-            todo.append(Todo(component=component, name=name, action="create"))
-        elif container.state in ("running", "restarting"):
-            continue
-        elif on_request or not has_done_its_work(component, container):
-            todo.append(Todo(component=component, name=name, action="start"))
-    return todo
+    services: dict[str, dict[int, list[tuple[Labels, ServiceSpec, ContainerState]]]] = {}
+    for each in found:
+        services.setdefault(each[0].service, {}).setdefault(each[0].generation, []).append(each)
+    intents: list[Intent] = []
+    for generations in services.values():
+        newest = sorted(generations, reverse=True)[:2]
+        for generation in newest:
+            labels, spec, _ = generations[generation][0]
+            is_candidate = generation == newest[0] and len(newest) > 1
+            runs = any(state.state in RUNNING for _, _, state in generations[generation])
+            intents.append(
+                Intent(
+                    service=labels.service,
+                    op=labels.op,
+                    generation=generation,
+                    spec=spec,
+                    spec_hash=labels.spec_hash,
+                    desired="running" if runs or (is_candidate and spec.active) else "stopped",
+                    is_candidate=is_candidate,
+                    ready=not is_candidate,
+                )
+            )
+    return intents
 
 
-def has_done_its_work(component: ComponentSpec, container: ContainerState) -> bool:
-    """Say whether a stopped container ended by itself and shall stay so."""
-    if container.state == "created" or container.problem:
-        return False
-    if component.restart == "no":
-        return True
-    return component.restart.startswith("on-failure") and container.exit_code == 0
-
-
-def older_than(generation: int, containers: Iterable[ContainerState]) -> list[ContainerState]:
-    """Return the containers that a commit of this generation makes superfluous."""
-    return [c for c in containers if c.generation < generation]
-
-
-# ------------------------------------------------------------------------- boot
-
-
-@attrs.frozen(kw_only=True)
-class Found:
-    """What the labels of one generation of a service say."""
-
-    service: str
-    generation: int
-    op: str
-    spec_hash: str
-    is_running: bool
-
-
-def from_labels(found: Sequence[Found]) -> list[tuple[Found, bool]]:
-    """Return the intents that an agent without records must have accepted: each with whether it is a candidate.
-
-    With two generations, the older one served and the newer one was not committed: the master finishes or undoes it.
-    """
-    kept: list[tuple[Found, bool]] = []
-    for service in sorted({f.service for f in found}):
-        mine = sorted((f for f in found if f.service == service), key=lambda f: f.generation)
-        kept.append((mine[0] if len(mine) > 1 else mine[-1], False))
-        if len(mine) > 1:
-            kept.append((mine[-1], True))
-    return kept
+def ports_of(containers: Iterable[ContainerState]) -> dict[tuple[str, str], int]:
+    """Return the host port of each (component, route), as the containers' labels tell it."""
+    found = {}
+    for container in containers:
+        for route, bound in container.ports.items():
+            port = bound.rpartition(":")[2]
+            if port.isascii() and port.isdigit():
+                found[container.component, route] = int(port)
+    return found
