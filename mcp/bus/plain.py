@@ -109,7 +109,9 @@ class PlainLink:
             subject = "sealed." + subject.partition(".")[2]
         packed: bytes = msgpack.packb(body)
         if len(packed) > MAX_BODY_BYTES:
-            raise MalformedMessage(f"{kind} is too large for the bus: {len(packed)} bytes, the limit is {MAX_BODY_BYTES}")
+            raise MalformedMessage(
+                f"{kind} is too large for the bus: {len(packed)} bytes, the limit is {MAX_BODY_BYTES}"
+            )
         headers = {"Mcp-Kind": f"{kind}/1", "Content-Type": "application/msgpack"}
         return Frame(subject=subject, body=packed, headers=headers, reply=f"{self._inbox}{self._serial}")
 
@@ -125,7 +127,9 @@ class PlainLink:
                     got = await queue.get()
             except TimeoutError:
                 limit = idle_s if wait_s >= idle_s else timeout_s
-                raise NoAnswer(f"the master did not answer to {kind} within {limit:g} s: it may have been done") from None
+                raise NoAnswer(
+                    f"the master did not answer to {kind} within {limit:g} s: it may have been done"
+                ) from None
             if isinstance(got, McpError):
                 raise got
             part, what, body = got
@@ -153,7 +157,7 @@ class PlainLink:
             for _, queue in self._open.values():
                 queue.put_nowait(NoAnswer("the bus was lost while waiting for the answer: it may have been done"))
 
-    def _on_denied(self, verb: str, subject: str) -> None:
+    def _on_denied(self, _verb: str, subject: str) -> None:
         for asked, queue in self._open.values():
             if asked == subject:
                 queue.put_nowait(

@@ -48,6 +48,10 @@ Example:
 """
 
 
+FIELDS = {"config": "config", "json": "is_json", "quiet": "is_quiet", "timeout": "timeout_s"}
+"""Global option -> where it is kept."""
+
+
 def remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     """Keep a global option, wherever on the command line it stood."""
     source = ctx.get_parameter_source(param.name or "")
@@ -57,7 +61,7 @@ def remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     if param.name == "no_color":
         settings.has_colour = False
     else:
-        setattr(settings, {"config": "config", "json": "is_json", "quiet": "is_quiet", "timeout": "timeout_s"}[str(param.name)], value)
+        setattr(settings, FIELDS[str(param.name)], value)
 
 
 def settings_of(ctx: click.Context) -> Settings:
@@ -72,7 +76,9 @@ def global_options(*, is_hidden: bool) -> list[click.Parameter]:
     """Return the options that every command takes."""
 
     def option(*names: str, help: str, **more: Any) -> click.Option:
-        return click.Option(names, help=help, expose_value=False, is_eager=True, callback=remember, hidden=is_hidden, **more)
+        return click.Option(
+            names, help=help, expose_value=False, is_eager=True, callback=remember, hidden=is_hidden, **more
+        )
 
     return [
         option("--config", metavar="FILE", help="Your way into the fleet.  [~/.config/mcp/mcp.toml]"),
@@ -148,7 +154,9 @@ class Root(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or say which one was probably meant."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"there is no command {args[0][:60]!r}{meant(args[0], COMMANDS)}")
@@ -174,7 +182,10 @@ def meant(word: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-@click.group(cls=Root, params=global_options(is_hidden=False), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=Root, params=global_options(is_hidden=False), context_settings=CONTEXT)
 @click.version_option(package_name="metacircular-mcp", message="mcp %(version)s")
 def mcp() -> None:
     """The Metacircular Control Plane: containers on your own machines, from one command."""

@@ -40,7 +40,8 @@ def completion(shell: str) -> int:
     from click.shell_completion import get_completion_class
 
     made = get_completion_class(shell)
-    assert made is not None, "click knows these shells"
+    if made is None:  # click knows all of SHELLS
+        raise click.UsageError(f"no completion for {shell}")
     script = made(mcp, {}, "mcp", "_MCP_COMPLETE")
     sys.stdout.write(script.source_template % script.source_vars() + "\n")
     return 0
@@ -87,18 +88,17 @@ def _names(settings: Settings) -> dict[str, list[str]]:
     if age_s < FRESH_S:
         return known
     try:
-        names = _asked(settings)
+        known = _asked(settings)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(names), encoding="utf-8")
-        return names
-    except Exception:
-        # Whatever it is: an error in the middle of what somebody types helps nobody.
-        return known
+        kept.write_text(json.dumps(known), encoding="utf-8")
+    except Exception:  # noqa: BLE001, S110
+        pass  # whatever it is: an error in the middle of what somebody types helps nobody
+    return known
 
 
 def _cache_file(settings: Settings) -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if base.startswith("/") else Path(os.path.expanduser("~")) / ".cache"
+    folder = Path(base) if base.startswith("/") else Path("~").expanduser() / ".cache"
     import hashlib
 
     which = hashlib.sha256(str(settings.config_file.absolute()).encode(errors="replace")).hexdigest()[:8]

@@ -23,7 +23,8 @@ example:
 
 def master() -> NoReturn:
     """Run the master: `mcp-master [--config FILE]`."""
-    parser = _parser("mcp-master", "The master: one for each fleet.", "example:\n  mcp-master --config /srv/mcp/mcp-master.toml\n")
+    example = "example:\n  mcp-master --config /srv/mcp/mcp-master.toml\n"
+    parser = _parser("mcp-master", "The master: one for each fleet.", example)
     _config_option(parser, "mcp-master.toml")
     args = parser.parse_args()
 
@@ -59,7 +60,11 @@ def agent() -> NoReturn:
 
 def _parser(name: str, what: str, epilog: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=name, description=what, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=name,
+        description=what,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 
@@ -77,12 +82,10 @@ def _daemon(begin: Callable[[], Coroutine[Any, Any, None]]) -> int:
     _log_to_stderr()
 
     async def run() -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(begin())
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, task.cancel)
-        await begin()
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        await task
 
     def work() -> int:
         try:
@@ -120,7 +123,7 @@ def _guarded(work: Callable[[], int]) -> int:
     except Exception as error:
         # The last resort: a supervisor starts us again, and its journal gets the reason in one line.
         if os.environ.get("MCP_DEBUG") == "1":
-            logging.exception("this is a bug of mcp")
+            logging.getLogger(__name__).exception("this is a bug of mcp")
         reason = f"this is a bug of mcp: {type(error).__name__}: {error}"
         _say(reason, "With MCP_DEBUG=1 in the environment it tells where.")
         return exits.FAILED
@@ -171,10 +174,16 @@ def _one_line(text: str) -> str:
 def _join(words: list[str]) -> int:
     parser = _parser("mcp-agent join", "Make this machine a node of a fleet.", JOIN_EXAMPLE)
     parser.add_argument("token", metavar="TOKEN", help="what `mcp node invite NAME` printed")
-    parser.add_argument("--home", metavar="DIR", default=str(home_folder()), help="where everything will lie (default: %(default)s)")
-    parser.add_argument("--address", default="", metavar="IP", help="this machine's address in the mesh (default: the one that reaches the bus)")
+    parser.add_argument(
+        "--home", metavar="DIR", default=str(home_folder()), help="where everything will lie (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--address", default="", metavar="IP", help="this machine's address in the mesh (default: what reaches the bus)"
+    )
     parser.add_argument("--arch", default="", help="amd64, arm64 (default: what the machine says)")
-    parser.add_argument("--docker-url", default="", metavar="URL", help="the container engine (default: unix:///var/run/docker.sock)")
+    parser.add_argument(
+        "--docker-url", default="", metavar="URL", help="the container engine (default: unix:///var/run/docker.sock)"
+    )
     parser.add_argument("--no-systemd", action="store_true", help="write no unit; print the command instead")
     args = parser.parse_args(words)
     return asyncio.run(_joined(args))
@@ -210,8 +219,9 @@ async def _joined(args: argparse.Namespace) -> int:
         ca_file.unlink(missing_ok=True)  # so that the same line can be run once more
         raise
     out = Output(Settings())
-    left = units.set_up(out, ("mcp-agent",), home, has_systemd=not args.no_systemd)
-    out.say(f"This machine is {joined.node}, {'an edge' if joined.role == 'edge' else 'a worker'} of the fleet of {joined.master}.")
+    left = units.set_up(("mcp-agent",), home, has_systemd=not args.no_systemd)
+    what = "an edge" if joined.role == "edge" else "a worker"
+    out.say(f"This machine is {joined.node}, {what} of the fleet of {joined.master}.")
     for each in left:
         out.say(each)
     out.say(f"\nNext, where you work: mcp node show {joined.node}")

@@ -8,7 +8,10 @@ from mcp.cli import exits, interrupt
 from mcp.cli.app import command, settings_of
 
 
-@command("demo", examples=("mcp demo", "mcp demo --keep", "mcp demo --stop", "DOCKER_HOST=unix:///run/podman/podman.sock mcp demo"))
+@command(
+    "demo",
+    examples=("mcp demo", "mcp demo --keep", "mcp demo --stop", "DOCKER_HOST=unix:///run/podman/podman.sock mcp demo"),
+)
 @click.option("--keep", is_flag=True, help="Leave the fleet running, and say how to go on and how to end it.")
 @click.option("--stop", is_flag=True, help="End a fleet that --keep has left running, and remove everything of it.")
 @click.pass_context

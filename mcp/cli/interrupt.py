@@ -6,29 +6,32 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 EXIT_INTERRUPTED = 130
 
 NOTHING = "interrupted: nothing was started"
 
-_says = NOTHING
-_as_json = False
-_instead: Callable[[], None] | None = None
+
+class _Now:
+    """What a Ctrl-C does at this moment: there is one process, one terminal, one signal."""
+
+    says = NOTHING
+    as_json = False
+    instead: Callable[[], None] | None = None
 
 
 def listen(*, as_json: bool) -> None:
     """From now on Ctrl-C prints what `on_interrupt` said last and leaves with 130."""
-    global _as_json
-    _as_json = as_json
+    _Now.as_json = as_json
     on_interrupt(NOTHING)
     signal.signal(signal.SIGINT, _interrupted)
 
 
 def on_interrupt(says: str, instead: Callable[[], None] | None = None) -> None:
     """Set what a Ctrl-C tells; with `instead`, the first one calls that (and must end in 0.2 s), the next one leaves."""
-    global _says, _instead
-    _says, _instead = says, instead
+    _Now.says, _Now.instead = says, instead
 
 
 def raise_again() -> None:
@@ -37,9 +40,8 @@ def raise_again() -> None:
 
 
 def _interrupted(*_: Any) -> None:
-    global _instead
-    if _instead is not None:
-        first, _instead = _instead, None
+    if (first := _Now.instead) is not None:
+        _Now.instead = None
         first()
         return
     leave_now()
@@ -48,23 +50,19 @@ def _interrupted(*_: Any) -> None:
 def leave_now() -> None:
     """Print what is to be said and end the process without waiting for anything."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(Exception):  # closed, full, or in a write that this signal cut into: leaving matters more
             stream.flush()
-        except Exception:  # noqa: S110
-            pass  # closed, full, or in the middle of a write that this signal cut into: leaving matters more
-    if _says:
+    if _Now.says:
         is_terminal = os.isatty(2)
-        _write(2, ("\r\x1b[K" if is_terminal else "") + _says + "\n")
-        if _as_json:
+        _write(2, ("\r\x1b[K" if is_terminal else "") + _Now.says + "\n")
+        if _Now.as_json:
             import json
 
-            reason, _, hint = _says.partition("; ")
+            reason, _, hint = _Now.says.partition("; ")
             _write(1, json.dumps({"error": {"code": "interrupted", "reason": reason, "hint": hint}}) + "\n")
     os._exit(EXIT_INTERRUPTED)
 
 
 def _write(handle: int, text: str) -> None:
-    try:
+    with suppress(OSError):  # nobody reads any more
         os.write(handle, text.encode(errors="backslashreplace"))
-    except OSError:
-        pass  # nobody reads any more

@@ -34,11 +34,19 @@ UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 @command(
-    "logs", examples=("mcp logs web", "mcp logs web -f", "mcp logs web -n 100 --since 10m", "mcp logs web --component api --json")
+    "logs",
+    examples=(
+        "mcp logs web",
+        "mcp logs web -f",
+        "mcp logs web -n 100 --since 10m",
+        "mcp logs web --component api --json",
+    ),
 )
 @click.argument("service", shell_complete=complete_services)
 @click.option("-f", "--follow", is_flag=True, help="Go on until the containers end, or Ctrl-C.")
-@click.option("-n", "--lines", type=click.IntRange(min=0), default=None, metavar="N", help="The last N lines of each container.")
+@click.option(
+    "-n", "--lines", type=click.IntRange(min=0), default=None, metavar="N", help="The last N lines of each container."
+)
 @click.option("--since", default="", metavar="TIME", help="Only younger lines: 10m, 2h, 3d, or 2026-01-02T03:04:05Z.")
 @click.option("--component", default="", metavar="NAME", help="Only this component.")
 @click.pass_context
@@ -208,7 +216,8 @@ async def _read(session: Session, body: Plain) -> int:
     components = {c["component"] for row in known["services"] for c in row.get("components", ())}
     if body["component"] and components and body["component"] not in components:
         raise exits.Usage(
-            f"{body['service']} has no component {str(body['component'])[:40]!r}", hint=f"It has: {', '.join(sorted(components))}."
+            f"{body['service']} has no component {str(body['component'])[:40]!r}",
+            hint=f"It has: {', '.join(sorted(components))}.",
         )
     containers = sum(len(row.get("components", ())) for row in known["services"])
     reader = _Reader(session, body, is_alone=containers == 1, has_prefix=len(components) > 1 and not body["component"])

@@ -80,7 +80,7 @@ def show(ctx: click.Context, name: str) -> int:
 
     async def work(connected: Session) -> int:
         found = await connected.status(node=name)
-        row = next((each for each in found["nodes"] if each["name"] == name), {})
+        row: Plain = next((each for each in found["nodes"] if each["name"] == name), {})
         services = [each for each in found["services"] if each["node"] == name]
         if connected.settings.is_json:
             connected.out.result({"node": row, "services": services})
@@ -149,7 +149,9 @@ def why(ctx: click.Context, name: str) -> int:
 
 @command("invite", group=node, examples=("mcp node invite orion", "mcp node invite svc --role edge"))
 @click.argument("name", metavar="NODE")
-@click.option("--role", type=click.Choice(("worker", "edge")), default="worker", show_default=True, help="What it will be.")
+@click.option(
+    "--role", type=click.Choice(("worker", "edge")), default="worker", show_default=True, help="What it will be."
+)
 @click.pass_context
 def invite(ctx: click.Context, name: str, role: str) -> int:
     """Print the one line to run on a new node.

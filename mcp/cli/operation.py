@@ -112,7 +112,9 @@ class Operation:
         self.op = op
         self.accepted.set()
         word = safe(op)
-        interrupt.on_interrupt(f"still running as op {word}; `mcp op cancel {word}` stops it, `mcp op show {word}` shows it")
+        interrupt.on_interrupt(
+            f"still running as op {word}; `mcp op cancel {word}` stops it, `mcp op show {word}` shows it"
+        )
 
     @asynccontextmanager
     async def _shown(self, title: str) -> AsyncIterator[None]:
@@ -206,7 +208,9 @@ def tell(out: Output, ended: Plain) -> None:
         where = f" on {safe(ended['node'])}" if ended.get("node") else ""
         time_taken = f" in {took(ended['seconds'])}" if ended.get("seconds") and outcome != "unchanged" else ""
         op = out.paint(f"  (op {safe(ended.get('op'))})", "dim") if ended.get("op") and outcome != "unchanged" else ""
-        out.say(f"{service} {out.by_word(word) if word == 'unchanged' else out.paint(word, 'green')}{where}{time_taken}{op}")
+        out.say(
+            f"{service} {out.by_word(word) if word == 'unchanged' else out.paint(word, 'green')}{where}{time_taken}{op}"
+        )
     elif outcome == "running":
         op = safe(ended.get("op"))
         out.say(f"{service}: {DOING.get(kind, kind)} as op {op}; `mcp op show {op}` tells how it ends")
@@ -245,7 +249,8 @@ def tell_log(out: Output, log: Plain) -> None:
         how.append("out of memory")
     ending = f" ({', '.join(how)})" if how else ""
     lines = log.get("lines") or ()
-    out.warn(f"last lines of {safe(log.get('component', ''))}{ending}:" if lines else f"{safe(log.get('component', ''))} printed nothing{ending}")
+    component = safe(log.get("component", ""))
+    out.warn(f"last lines of {component}{ending}:" if lines else f"{component} printed nothing{ending}")
     for line in lines:
         out.warn(f"  | {safe(line)}")
 

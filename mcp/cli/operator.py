@@ -67,7 +67,9 @@ def add(ctx: click.Context, name: str, role: str, force: bool, home: str) -> int
             await enrolment.remove_operator(name)  # nobody has the key, so nobody shall be enrolled with it
             raise
         _say_if_not_live(out, enrolment)
-        out.note(f"{name} is enrolled as {role}. Where {name} works: `mcp login FILE` with this file; it holds a private key.")
+        out.note(
+            f"{name} is enrolled as {role}. Where {name} works: `mcp login FILE` with this file; it holds a private key."
+        )
         return exits.DONE
 
     return _with_enrolment(home, work)
@@ -83,7 +85,9 @@ def list_(ctx: click.Context, home: str) -> int:
     async def work(enrolment: FileEnrolment) -> int:
         rows = await enrolment.operators()
         if out.settings.is_json:
-            out.result({"operators": [{"name": row.name, "role": row.role, "public_key": row.public_key} for row in rows]})
+            out.result(
+                {"operators": [{"name": row.name, "role": row.role, "public_key": row.public_key} for row in rows]}
+            )
         else:
             out.table(("OPERATOR", "ROLE", "PUBLIC KEY"), [(row.name, row.role, row.public_key) for row in rows])
         return exits.DONE

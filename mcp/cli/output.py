@@ -1,4 +1,4 @@
-"""All printing: results to stdout, progress and errors to stderr, nothing unescaped, tables that fit, colours on terminals only."""
+"""All printing: results to stdout, progress and errors to stderr; escaped, in tables that fit, coloured on terminals only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,19 @@ _ESCAPES_IN_LINES = _ESCAPES | {10: "\n"}
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 GOOD = {"healthy", "running", "deployed", "done", "unchanged", "up", "active"}
-BAD = {"failed", "unreachable", "unhealthy", "engine-down", "down", "frozen", "dead", "missing", "leftover", "exited", "orphan"}
+BAD = {
+    "failed",
+    "unreachable",
+    "unhealthy",
+    "engine-down",
+    "down",
+    "frozen",
+    "dead",
+    "missing",
+    "leftover",
+    "exited",
+    "orphan",
+}
 
 
 def safe(text: object) -> str:
@@ -104,7 +116,9 @@ class Output:
         """Print exactly this, e.g. a file; it must not come from elsewhere."""
         _write(sys.stdout, text)
 
-    def table(self, heads: Sequence[str], rows: Iterable[Sequence[object]], *, indent: str = "", paint: int = -1) -> None:
+    def table(
+        self, heads: Sequence[str], rows: Iterable[Sequence[object]], *, indent: str = "", paint: int = -1
+    ) -> None:
         """Print a table; on a terminal its widest columns are cut until it fits. `paint` colours one column by its words."""
         cells = [[safe(cell) for cell in row] for row in rows]
         widths = [max([width_of(head), *(width_of(row[i]) for row in cells)]) for i, head in enumerate(heads)]
@@ -170,8 +184,22 @@ class Progress:
 
     FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
     PLAIN_FRAMES = "|/-\\"
-    MARKS = {"done": "✓", "unchanged": "=", "failed": "✗", "undone": "↶", "leftover": "!", "unknown": "?"}
-    PLAIN_MARKS = {"done": "ok", "unchanged": "==", "failed": "failed", "undone": "undone", "leftover": "left", "unknown": "?"}
+    MARKS: Mapping[str, str] = {
+        "done": "✓",
+        "unchanged": "=",
+        "failed": "✗",
+        "undone": "↶",
+        "leftover": "!",
+        "unknown": "?",
+    }
+    PLAIN_MARKS: Mapping[str, str] = {
+        "done": "ok",
+        "unchanged": "==",
+        "failed": "failed",
+        "undone": "undone",
+        "leftover": "left",
+        "unknown": "?",
+    }
     ENDED = frozenset(MARKS)
 
     def __init__(self, out: Output, title: str) -> None:

@@ -43,7 +43,7 @@ def _answered(args: list[str], settings: Settings) -> int:
         raise
     except OSError as error:
         return _system(error, settings)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # The last resort: whatever it was, an operator gets one line and not a page.
         return _bug(error, settings)
 

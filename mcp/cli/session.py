@@ -85,8 +85,8 @@ class Session:
         except NotPermitted as error:
             error.code = "wrong_credential"
             error.hint = (
-                f"It was removed, or is of another fleet. On the master's machine `mcp operator add {self.user} > {self.user}.mcp`"
-                f" makes a new one; then here: `mcp login {self.user}.mcp`."
+                "It was removed, or is of another fleet. On the master's machine"
+                f" `mcp operator add {self.user} > {self.user}.mcp` makes a new one; then here: `mcp login {self.user}.mcp`."
             )
             raise
 
@@ -102,7 +102,9 @@ class Session:
             " (or start it: `mcp bus run`)."
         )
 
-    async def question(self, kind: str, body: Plain, *, timeout_s: float = QUESTION_S, on_frame: OnPlain | None = None) -> Plain:
+    async def question(
+        self, kind: str, body: Plain, *, timeout_s: float = QUESTION_S, on_frame: OnPlain | None = None
+    ) -> Plain:
         """Ask for something that changes nothing; a master that is still learning is asked again for a while.
 
         Raises:
@@ -198,7 +200,9 @@ def authority_of(config: CliConfig) -> str:
         return Path(config.bus.ca_file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = (getattr(error, "strerror", "") or "is not text").lower()
-        raise BadDefinition(f"cannot be read: {reason}", file=config.bus.ca_file, hint="`mcp login FILE` sets it up.") from error
+        raise BadDefinition(
+            f"cannot be read: {reason}", file=config.bus.ca_file, hint="`mcp login FILE` sets it up."
+        ) from error
 
 
 def configured(settings: Settings) -> CliConfig:
@@ -235,4 +239,3 @@ async def _run(session: Session, work: Callable[[Session], Awaitable[int]]) -> i
         return await work(session)
     finally:
         await session.close()
-

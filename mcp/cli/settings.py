@@ -30,7 +30,7 @@ def config_folder() -> Path:
     """Return ~/.config/mcp, or where XDG_CONFIG_HOME says."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
     if not base.startswith("/"):
-        base = os.path.join(os.path.expanduser("~"), ".config")
+        base = str(Path("~/.config").expanduser())
     return Path(base) / "mcp"
 
 

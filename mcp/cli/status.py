@@ -59,7 +59,9 @@ def _show_fleet(out: Output, found: Plain) -> None:
     out.say()
     show_nodes(out, nodes)
     well = sum(node["health"] == "healthy" for node in nodes)
-    words = f"{len(services)} services, {well} of {len(nodes)} nodes healthy; master on {safe(found.get('master', '?'))}"
+    words = (
+        f"{len(services)} services, {well} of {len(nodes)} nodes healthy; master on {safe(found.get('master', '?'))}"
+    )
     out.say("\n" + words, "dim")
 
 
@@ -82,7 +84,10 @@ def _show_operations(out: Output, found: Plain) -> None:
         step = next((s for s in reversed(row.get("steps", ())) if s["state"] in ("running", "undoing")), None)
         at = f", at {safe(step['step'])}" if step else ""
         by = f" by {safe(row['operator'])}" if row.get("operator") else ""
-        out.say(f"{safe(row['kind'])} of {safe(row['service'])} is {safe(row['state'])} as op {safe(row['op'])}{by}{at}", "cyan")
+        out.say(
+            f"{safe(row['kind'])} of {safe(row['service'])} is {safe(row['state'])} as op {safe(row['op'])}{by}{at}",
+            "cyan",
+        )
     if found.get("operations"):
         out.say()
 
@@ -110,7 +115,11 @@ def _node_row(node: Plain) -> tuple[object, ...]:
     memory = f"{size(node['memory_free_bytes'])} of {size(node['memory_bytes'])}" if node.get("memory_bytes") else "-"
     disk = size(node["disk_free_bytes"]) if node.get("disk_free_bytes") is not None else "-"
     load = f"{node['cpu_load']:.1f}/{node['cpu_cores']:g}" if node.get("cpu_cores") is not None else "-"
-    seen = "never" if node.get("last_seen_s") is None else f"{age(node['last_seen_s'])} ago, {node.get('last_seen_by') or '?'}"
+    seen = (
+        "never"
+        if node.get("last_seen_s") is None
+        else f"{age(node['last_seen_s'])} ago, {node.get('last_seen_by') or '?'}"
+    )
     return (
         node["name"],
         node["health"] + (" (draining)" if node.get("is_draining") else ""),
@@ -149,7 +158,9 @@ def _show_service(out: Output, found: Plain, name: str) -> None:
         show_containers(out, containers_of([row]))
         if row.get("routes"):
             out.say()
-            out.table(("ROUTE", "LISTENER", "MODE", "PUBLIC", "BACKEND"), [_route_row(route) for route in row["routes"]])
+            out.table(
+                ("ROUTE", "LISTENER", "MODE", "PUBLIC", "BACKEND"), [_route_row(route) for route in row["routes"]]
+            )
     if not found.get("services"):
         out.say(f"{safe(name)} is not known yet: the master is still asking its nodes")
 

@@ -23,9 +23,13 @@ MOST_OPEN = 1000
 BODY_COLUMNS = 100
 
 
-@command("tap", examples=("mcp tap --config watch.toml", "mcp tap 'mcp.work.orion.>' --config watch.toml", "mcp tap --json"))
+@command(
+    "tap", examples=("mcp tap --config watch.toml", "mcp tap 'mcp.work.orion.>' --config watch.toml", "mcp tap --json")
+)
 @click.argument("subject", default="mcp.>")
-@click.option("--for", "seconds", type=click.FloatRange(min=0.1), default=None, metavar="SECONDS", help="Stop after so long.")
+@click.option(
+    "--for", "seconds", type=click.FloatRange(min=0.1), default=None, metavar="SECONDS", help="Stop after so long."
+)
 @click.pass_context
 def tap(ctx: click.Context, subject: str, seconds: float | None) -> int:
     """Watch the decoded bus: orders paired with their answers, with times.
@@ -55,7 +59,7 @@ async def _watch(out: Output, config: Any, subject: str, seconds: float | None) 
     transport = await connect(address, credential, forever=False, name=f"mcp tap {config.operator}")
     pairs = Pairs()
     denied = asyncio.Event()
-    transport.on_denied = lambda verb, what: denied.set()
+    transport.on_denied = lambda *_: denied.set()
 
     def on_frame(frame: Frame) -> None:
         line = pairs.line(frame.subject, frame.body, frame.headers, time.monotonic())
@@ -77,7 +81,10 @@ async def _watch(out: Output, config: Any, subject: str, seconds: float | None) 
     raise NotPermitted(
         f"operator {config.operator} may not watch {subject}",
         subject=subject,
-        hint="On the master's machine: `mcp operator add watch --role debug > watch.mcp`; here: `mcp --config watch.toml login watch.mcp`.",
+        hint=(
+            "On the master's machine: `mcp operator add watch --role debug > watch.mcp`;"
+            " here: `mcp --config watch.toml login watch.mcp`."
+        ),
     )
 
 

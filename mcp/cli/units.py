@@ -5,13 +5,9 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mcp.cli.programs import line, program
 from mcp.model.errors import AdapterError
-
-if TYPE_CHECKING:
-    from mcp.cli.output import Output
 
 FOLDER = Path("/etc/systemd/system")
 RUNNING = Path("/run/systemd/system")
@@ -63,7 +59,7 @@ def _quoted(word: str) -> str:
     return word
 
 
-def set_up(out: Output, units: Sequence[str], home: Path, *, has_systemd: bool) -> list[str]:
+def set_up(units: Sequence[str], home: Path, *, has_systemd: bool) -> list[str]:
     """Write and start the units; return what is left for the operator to do, line by line."""
     from mcp.bus.files import write_whole
 
@@ -94,11 +90,19 @@ def _start(units: Sequence[str]) -> list[str]:
     try:
         for words in (["systemctl", "daemon-reload"], enable):
             done = subprocess.run(
-                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SYSTEMCTL_TIMEOUT_S, check=False
+                words,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=SYSTEMCTL_TIMEOUT_S,
+                check=False,
             )
             if done.returncode:
                 said = (done.stderr or done.stdout).strip().splitlines()
-                return [f"systemd did not start them ({said[-1] if said else done.returncode}). Look, then:", f"  {line(enable)}"]
+                return [
+                    f"systemd did not start them ({said[-1] if said else done.returncode}). Look, then:",
+                    f"  {line(enable)}",
+                ]
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"systemctl could not be run ({error}). Then:", f"  {line(enable)}"]
     return []

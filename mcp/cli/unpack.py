@@ -7,6 +7,7 @@ is known to be harmless is shown.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from typing import Any
 
@@ -16,12 +17,57 @@ MAX_BYTES = 1024 * 1024
 MASK = "***"
 
 OPEN_KEYS = frozenset(
-    """
-    name service services component components node tier version active image images generation spec spec_hash op kind
-    routes hostname port mode public volumes host_path container_path read_only network user restart ports host_port
-    container_port protocol memory_bytes cpu_cores stop_grace_s update health interval_s timeout_s tcp path world force
-    follow tail since_s stream credit desired
-    """.split()
+    (
+        "name",
+        "service",
+        "services",
+        "component",
+        "components",
+        "node",
+        "tier",
+        "version",
+        "active",
+        "image",
+        "images",
+        "generation",
+        "spec",
+        "spec_hash",
+        "op",
+        "kind",
+        "routes",
+        "hostname",
+        "port",
+        "mode",
+        "public",
+        "volumes",
+        "host_path",
+        "container_path",
+        "read_only",
+        "network",
+        "user",
+        "restart",
+        "ports",
+        "host_port",
+        "container_port",
+        "protocol",
+        "memory_bytes",
+        "cpu_cores",
+        "stop_grace_s",
+        "update",
+        "health",
+        "interval_s",
+        "timeout_s",
+        "tcp",
+        "path",
+        "world",
+        "force",
+        "follow",
+        "tail",
+        "since_s",
+        "stream",
+        "credit",
+        "desired",
+    )
 )
 """Keys whose values are shown on a sealed lane."""
 
@@ -50,7 +96,7 @@ def main() -> None:
         sys.stdout.flush()
     except (OSError, KeyboardInterrupt):
         # The reader has gone: nobody is left to be told. Python must not try to flush again.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
 
 
 def line(subject: str, payload: bytes) -> str:
@@ -74,9 +120,7 @@ def shown(subject: str, payload: bytes) -> Any:
 def masked(value: Any, *, is_sealed: bool, key: str = "") -> Any:
     """Return a value that may be shown: strings, numbers, lists and maps, without secrets."""
     if isinstance(value, dict):
-        return {
-            _text(name): masked(each, is_sealed=is_sealed, key=_text(name)) for name, each in value.items()
-        }
+        return {_text(name): masked(each, is_sealed=is_sealed, key=_text(name)) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [masked(each, is_sealed=is_sealed, key=key) for each in value]
     if value is None or value == "" or isinstance(value, bool):
@@ -84,7 +128,7 @@ def masked(value: Any, *, is_sealed: bool, key: str = "") -> Any:
     if (is_sealed and key not in OPEN_KEYS) or any(word in key.lower() for word in SECRET_WORDS):
         return MASK
     if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else str(value)
+        return value if math.isfinite(value) else str(value)
     return value if isinstance(value, int) else _text(value)
 
 

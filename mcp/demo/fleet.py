@@ -195,7 +195,9 @@ class DemoFleet:
         first = self.nodes[0]
         child = self._child("bus", ["mcp", "bus", "run", "--config", str(self.home(first.name) / "mcp-bus.toml")])
         child.start()
-        wait_until("the bus listens", lambda: _listens(first.address, self.port), timeout_s=READY_TIMEOUT_S, child=child)
+        wait_until(
+            "the bus listens", lambda: _listens(first.address, self.port), timeout_s=READY_TIMEOUT_S, child=child
+        )
 
     def start_master(self) -> None:
         """Start the master and return when it says so."""
@@ -204,7 +206,10 @@ class DemoFleet:
         before = child.log().count("master started")
         child.start()
         wait_until(
-            "the master starts", lambda: child.log().count("master started") > before, timeout_s=READY_TIMEOUT_S, child=child
+            "the master starts",
+            lambda: child.log().count("master started") > before,
+            timeout_s=READY_TIMEOUT_S,
+            child=child,
         )
 
     def start_agent(self, node: str) -> None:
@@ -246,7 +251,14 @@ class DemoFleet:
         """Run `mcp ARGS` as this fleet's operator and return how it ended, whatever the exit code."""
         words = resolved(["mcp", *args])
         return subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout_s, env=self.env(), check=False, stdin=subprocess.DEVNULL, **more
+            words,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=self.env(),
+            check=False,
+            stdin=subprocess.DEVNULL,
+            **more,
         )
 
     def json(self, *args: str, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
@@ -255,7 +267,9 @@ class DemoFleet:
         try:
             return json.loads(done.stdout)
         except ValueError as error:
-            raise AdapterError(f"mcp {shlex.join(args)} printed no JSON: {done.stdout[-500:]}{done.stderr[-500:]}") from error
+            raise AdapterError(
+                f"mcp {shlex.join(args)} printed no JSON: {done.stdout[-500:]}{done.stderr[-500:]}"
+            ) from error
 
     def run(self, words: Sequence[str], *, shown: str = "") -> subprocess.CompletedProcess[str]:
         """Run a command that must succeed, as it would be typed.
@@ -275,7 +289,9 @@ class DemoFleet:
         )
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
-            raise AdapterError(f"{shlex.join(words)[:200]} ended with {done.returncode}:\n{said}", code="command_failed")
+            raise AdapterError(
+                f"{shlex.join(words)[:200]} ended with {done.returncode}:\n{said}", code="command_failed"
+            )
         return done
 
     def wait_until_healthy(self, timeout_s: float = READY_TIMEOUT_S) -> None:

@@ -83,7 +83,9 @@ class Show:
         elif self._keep:
             self._say_how_to_go_on()
         else:
-            self._out.say(f"\nShown in {seconds:.0f} s; everything it made is gone again. Yours begins with `mcp init`.", "bold")
+            self._out.say(
+                f"\nShown in {seconds:.0f} s; everything it made is gone again. Yours begins with `mcp init`.", "bold"
+            )
 
     def _acts_in_order(self) -> None:
         self._title("What is needed")
@@ -217,13 +219,11 @@ def _lines(text: bytes) -> list[dict[str, Any]]:
 def _wait_for_connection(fleet: DemoFleet, name: str, watching: subprocess.Popen[bytes]) -> None:
     """Return when the watcher has heard something; a status question gives it something to hear."""
     deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
-    assert watching.stdout is not None
-    handle = watching.stdout.fileno()
     import select
 
     while watching.poll() is None and time.monotonic() < deadline_s:
         fleet.mcp("status", "--json")
-        if select.select([handle], [], [], LOOK_EVERY_S)[0]:
+        if watching.stdout and select.select([watching.stdout], [], [], LOOK_EVERY_S)[0]:
             return
     raise AdapterError(f"the demo stops here: {name} hears nothing on the bus", code="demo_failed")
 
@@ -237,7 +237,9 @@ def _page(url: str) -> str:
                 return text
         except OSError as error:
             if time.monotonic() > deadline_s:
-                raise AdapterError(f"the demo stops here: nothing answers at {url}: {error}", code="demo_failed") from error
+                raise AdapterError(
+                    f"the demo stops here: nothing answers at {url}: {error}", code="demo_failed"
+                ) from error
         time.sleep(LOOK_EVERY_S)
 
 
