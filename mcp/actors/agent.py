@@ -17,7 +17,7 @@ from mcp.actors.workload import Converge, InHand, WorkloadActor
 from mcp.bus.codec import from_plain, size_of
 from mcp.bus.links import AgentLink, Order
 from mcp.model import workload as model
-from mcp.model.container import Labels, read_labels
+from mcp.model.container import OP_LABEL, SPEC_LABEL
 from mcp.model.errors import AdapterError, BusError, MalformedMessage, McpError, Refused
 from mcp.model.messages import (
     AbandonWork,
@@ -561,7 +561,12 @@ class AgentActor(Actor):
         Raises:
             AdapterError: the engine or the records failed: it is tried again.
         """
-        read = [each for container in found if (each := await self._read_labels(container))]
+        specs: dict[tuple[str, int], tuple[ServiceSpec, str] | None] = {}
+        for container in found:
+            key = (container.service, container.generation)
+            if key not in specs:
+                specs[key] = await self._read_labels(*key)
+        read = [(c, *labels) for c in found if (labels := specs[c.service, c.generation])]
         for intent in model.adopt(read):
             mine = [c for c in found if (c.service, c.generation) == (intent.service, intent.generation)]
             await self.node.records.accept(intent, model.ports_of(mine))
@@ -571,15 +576,15 @@ class AgentActor(Actor):
             self._rebuilt = f"state rebuilt from labels: {len(read)} containers ({self.node.records.rebuilt_reason})"
             log.warning(self._rebuilt, extra={"node": self.node.name})
 
-    async def _read_labels(self, container: ContainerState) -> tuple[Labels, ServiceSpec, ContainerState] | None:
-        labels = read_labels(await self.node.engine.containers.labels(container.name))
-        if labels is None:
-            return None
+    async def _read_labels(self, service: str, generation: int) -> tuple[ServiceSpec, str] | None:
+        containers = self.node.engine.containers
+        text = await containers.label(service, generation, SPEC_LABEL)
         try:
-            return labels, from_plain(ServiceSpec, json.loads(labels.spec_json)), container
+            spec = from_plain(ServiceSpec, json.loads(text))
         except (ValueError, MalformedMessage) as error:
-            log.warning("the labels of %s cannot be read, it stays an orphan: %s", container.name, error)
+            log.warning("the labels of %s, generation %d, cannot be read, it stays an orphan: %s", service, generation, error)
             return None
+        return spec, await containers.label(service, generation, OP_LABEL)
 
 
 def in_parts(whole: Inventory, rows: list[tuple[str, Any]]) -> list[Inventory]:

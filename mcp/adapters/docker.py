@@ -279,10 +279,6 @@ class DockerEngine:
                 raise
         return True
 
-    async def labels(self, name: str) -> Mapping[str, str]:
-        """Return the labels of a container (see Containers)."""
-        return labels_of(await self._inspect(name) or {})
-
     async def _ours(self, name: str) -> dict[str, Any] | None:
         """Return a container if it is ours: an undo must not hit whoever took the name."""
         shown = await self._inspect(name)

@@ -102,7 +102,7 @@ class Containers(Protocol):
         """Return our containers (those with our labels), running or not, of one service or of all."""
 
     async def label(self, service: str, generation: int, name: str) -> str:
-        """Return a label of the first container of a generation that has it; "" when none has."""
+        """Return a label of a generation's containers, "" when none has it: lost records are made anew from labels."""
 
     async def create(self, request: ContainerRequest) -> ContainerState:
         """Create and do not start. A container of that name and spec hash is adopted, whatever state it is in.
@@ -123,9 +123,6 @@ class Containers(Protocol):
 
     async def remove(self, name: str) -> bool:
         """Remove, running or not, its anonymous volumes too; absent is not an error. Return whether it was there."""
-
-    async def labels(self, name: str) -> Mapping[str, str]:
-        """Return the labels of a container, {} when there is none: from them lost records are made anew (model/container.py)."""
 
 
 class ContainerOutput(Protocol):

@@ -12,7 +12,6 @@ from typing import Literal
 
 import attrs
 
-from mcp.model.container import Labels
 from mcp.model.errors import McpError, Refused
 from mcp.model.messages import (
     Candidate,
@@ -21,7 +20,6 @@ from mcp.model.messages import (
     ContainerState,
     DropWorkload,
     Failed,
-    RemoveWorkload,
     RestartWorkload,
     RunWorkload,
     ServiceRecord,
@@ -531,29 +529,29 @@ def _log(container: ContainerState, lines: Iterable[str]) -> ContainerLog:
 # -------------------------------------------------------------- lost and found
 
 
-def adopt(found: Iterable[tuple[Labels, ServiceSpec, ContainerState]]) -> list[Intent]:
-    """Return the intents that labels of containers tell of, after the records were lost.
+def adopt(found: Iterable[tuple[ContainerState, ServiceSpec, str]]) -> list[Intent]:
+    """Return the intents that containers and their labels (definition, operation) tell of, after the records were lost.
 
     Two generations of a service are a deploy that was under way: the newest is a candidate that the master finishes or
     undoes. A service of which nothing runs was stopped by somebody, and stays so.
     """
-    services: dict[str, dict[int, list[tuple[Labels, ServiceSpec, ContainerState]]]] = {}
+    services: dict[str, dict[int, list[tuple[ContainerState, ServiceSpec, str]]]] = {}
     for each in found:
         services.setdefault(each[0].service, {}).setdefault(each[0].generation, []).append(each)
     intents: list[Intent] = []
-    for generations in services.values():
+    for service, generations in services.items():
         newest = sorted(generations, reverse=True)[:2]
         for generation in newest:
-            labels, spec, _ = generations[generation][0]
+            container, spec, op = generations[generation][0]
             is_candidate = generation == newest[0] and len(newest) > 1
-            runs = any(state.state in RUNNING for _, _, state in generations[generation])
+            runs = any(state.state in RUNNING for state, _, _ in generations[generation])
             intents.append(
                 Intent(
-                    service=labels.service,
-                    op=labels.op,
+                    service=service,
+                    op=op,
                     generation=generation,
                     spec=spec,
-                    spec_hash=labels.spec_hash,
+                    spec_hash=container.spec_hash,
                     desired="running" if runs or (is_candidate and spec.active) else "stopped",
                     is_candidate=is_candidate,
                     ready=not is_candidate,
