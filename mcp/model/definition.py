@@ -1,32 +1,64 @@
-"""Service definitions: TOML to a validated ServiceSpec and back, with file, line, key and a suggestion for every mistake."""
+"""Service definitions: TOML to a validated ServiceSpec and back, with file, line, key and a suggestion for every mistake.
+
+What may stand in a file is declared in the schemas below, and explained in docs/service-definition.md.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import attrs
 
 from mcp.model.errors import BadDefinition
-from mcp.model.names import is_node_name, is_service_name
+from mcp.model.names import is_node_name, is_service_name, port_variable
 from mcp.model.spec import ComponentSpec, FixedPort, HealthSpec, RouteSpec, ServiceSpec, VolumeSpec
-from mcp.model.tables import Document, Table, did_you_mean
+from mcp.model.tables import (
+    Document,
+    Key,
+    Schema,
+    Table,
+    choice,
+    duration,
+    flag,
+    matching,
+    number,
+    port,
+    shown,
+    size,
+    strings,
+)
+from mcp.model.toml_lines import Path
+
+T = TypeVar("T")
 
 DEFAULT_ZONE = "svc.mcp.metacircular.net"
+"""Where internal names live, unless the master's configuration says otherwise (PLATFORM's convention)."""
+
+MIB = 1024**2
+DAY_S = 86_400.0
 
 _HOST_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_RESTART = re.compile(r"no|always|unless-stopped|on-failure(?::\d{1,4})?")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_REPOSITORY = re.compile(r"(?:[A-Za-z0-9.-]+(?::\d+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+_RESTART = re.compile(r"no|always|unless-stopped|on-failure(?::[0-9]{1,4})?")
+_URL_PATH = re.compile(r"/[\x21-\x7e]*")
+_NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?")
-_COMPONENT_KEYS = (
-    "name", "image", "cmd", "env", "volumes", "network", "user", "restart", "ports", "memory", "cpu",
-    "stop_grace", "update", "health", "routes",
-)  # fmt: skip
+_FIXED_PORT = re.compile(r"(?:(\[[0-9a-fA-F:.]+\]|[0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+# The grammar of image names is the one of the OCI distribution specification, as engines enforce it.
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"(?:(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{{1,5}})?/)?{_PART}(?:/{_PART})*")
+_MAX_REPOSITORY = 255
+
+SET_BY_THE_AGENT = ("MCP_SERVICE", "MCP_COMPONENT", "MCP_NODE")
+"""Variables that tell a container where it is; a definition may not claim otherwise."""
 
 
 @attrs.frozen(kw_only=True)
@@ -37,245 +69,50 @@ class Defaults:
     allowed_domains: tuple[str, ...] = ()
 
 
+@attrs.frozen(kw_only=True)
+class Parsed:
+    """A definition, and what in it works but was probably not meant."""
+
+    spec: ServiceSpec
+    warnings: tuple[str, ...] = ()
+
+
 def parse_service(text: str, *, file: str, defaults: Defaults | None = None) -> ServiceSpec:
     """Return the service that a TOML text defines.
 
     Raises:
         BadDefinition: with file, line, key and a suggestion; nothing of the file was used.
     """
-    return _Reader(Document(text, file=file), defaults or Defaults()).service()
+    return parse_with_warnings(text, file=file, defaults=defaults).spec
 
 
-class _Reader:
-    def __init__(self, document: Document, defaults: Defaults) -> None:
-        self._document = document
-        self._defaults = defaults
+def parse_with_warnings(text: str, *, file: str, defaults: Defaults | None = None) -> Parsed:
+    """Return the service that a TOML text defines, with warnings for the operator.
 
-    def service(self) -> ServiceSpec:
-        table = Table(self._document, self._document.root)
-        table.only("name", "tier", "node", "active", "version", "components")
-        name = self._name(table, "name", "service")
-        tier = table.choice("tier", ("core", "worker"), "worker")
-        node = table.get("node", str, "")
-        if node and not is_node_name(node):
-            raise table.error("node", f"{node!r} is no node name: lower-case letters, digits and dashes, at most 32")
-        active = table.get("active", bool, True)
-        version = table.get("version", str, "")
-        if version and not _TAG.fullmatch(version):
-            raise table.error("version", f"{version!r} cannot be an image tag")
-        found = table.tables("components")
-        if not found:
-            raise table.error("components", "a service needs at least one component", hint="Add a [[components]] table.")
-        components = tuple(self._component(each, version) for each in found)
-        self._no_twins(table, components)
-        return ServiceSpec(
-            name=name, tier=tier, node=node, active=active, version=version, components=components  # type: ignore[arg-type]
-        )
+    Raises:
+        BadDefinition: as `parse_service`.
+    """
+    document = Document(text, file=file)
+    if not document.root:
+        raise BadDefinition("defines nothing", file=file, hint='It needs a name = "..." and a [[components]] table.')
+    spec = ServiceSpec(**document.read(SERVICE))
+    _check_whole(document, spec, defaults or Defaults())
+    document.check()
+    return Parsed(spec=spec, warnings=tuple(_warnings(document, spec, file)))
 
-    def _name(self, table: Table, key: str, what: str) -> str:
-        name = table.need(key, str)
-        if not is_service_name(name):
-            raise table.error(
-                key, f"{name[:60]!r} is no {what} name: lower-case letters, digits and dashes, at most 40, no dash at an end"
-            )
-        return name
 
-    def _no_twins(self, table: Table, components: tuple[ComponentSpec, ...]) -> None:
-        names: set[str] = set()
-        listeners: dict[tuple[str, int], str] = {}
-        for i, component in enumerate(components):
-            if component.name in names:
-                raise self._document.error(f"two components are called {component.name!r}", ("components", i, "name"))
-            names.add(component.name)
-            for j, route in enumerate(component.routes):
-                key = (route.hostname, route.port)
-                if key in listeners:
-                    shown = route.hostname or "the service's internal name"
-                    raise self._document.error(
-                        f"{shown} port {route.port} is claimed twice (also by {listeners[key]})",
-                        ("components", i, "routes", j, "port"),
-                        hint="Two routes may share a hostname on different ports.",
-                    )
-                listeners[key] = f"{component.name}.{route.name or 'unnamed route'}"
+# ----------------------------------------------------------------- single values
 
-    def _component(self, table: Table, version: str) -> ComponentSpec:
-        table.only(*_COMPONENT_KEYS)
-        return ComponentSpec(
-            name=self._name(table, "name", "component"),
-            image=self._image(table, version),
-            cmd=self._command(table, "cmd"),
-            env=self._env(table),
-            volumes=tuple(self._volume(table, i, text) for i, text in enumerate(table.strings("volumes"))),
-            network=self._matching(table, "network", _NETWORK, "a network name"),
-            user=self._matching(table, "user", _USER, 'a user like "1000:1000" or "app"'),
-            restart=self._restart(table),
-            ports=tuple(self._port(table, i, text) for i, text in enumerate(table.strings("ports"))),
-            memory_bytes=table.size_bytes("memory"),
-            cpu_cores=self._cpu(table),
-            stop_grace_s=table.duration_s("stop_grace", 10.0),
-            update=table.choice("update", ("start-first", "stop-first"), "start-first"),  # type: ignore[arg-type]
-            health=self._health(table.table("health"), has_routes="routes" in table),
-            routes=self._routes(table),
-        )
 
-    def _image(self, table: Table, version: str) -> str:
-        image = table.need("image", str)
-        repository, _, digest = image.partition("@")
-        head, _, last = repository.rpartition("/")
-        name, colon, tag = last.partition(":")
-        if digest and not _DIGEST.fullmatch(digest):
-            raise table.error("image", f"{image[:80]!r}: a digest is sha256: and 64 hex digits")
-        if colon and not _TAG.fullmatch(tag):
-            raise table.error("image", f"{image[:80]!r}: {tag[:40]!r} is no tag")
-        if not _REPOSITORY.fullmatch(f"{head}/{name}" if head else name):
-            raise table.error("image", f"{image[:80]!r} is no image name", hint='Like "registry.example:5000/web:v1".')
-        if digest:
-            return image
-        if not colon and version:
-            return f"{image}:{version}"
-        if tag in ("", "latest"):
-            what = "has no tag" if not tag else "is tagged latest, which may be something else tomorrow"
-            raise table.error(
-                "image", f"{image!r} {what}: tags are pinned",
-                hint=f'Write a version, e.g. "{repository.removesuffix(":latest")}:v1", or a digest (@sha256:...).',
-            )  # fmt: skip
-        return image
+def is_domain(name: str) -> bool:
+    """Say whether this is a DNS name, in lower case and without a dot at its end; an address is none."""
+    labels = name.split(".")
+    return all(map(_HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit() and len(name) <= 253
 
-    def _command(self, table: Table, key: str) -> tuple[str, ...]:
-        words = table.strings(key)
-        if any("\0" in word for word in words):
-            raise table.error(key, "a word holds a NUL character")
-        return words
 
-    def _env(self, table: Table) -> dict[str, str]:
-        raw = table.raw("env")
-        if raw is None:
-            return {}
-        pairs: list[tuple[str | int, str, Any]] = []
-        if isinstance(raw, dict):
-            pairs = [(name, name, value) for name, value in raw.items()]
-        elif isinstance(raw, list):
-            for i, text in enumerate(raw):
-                if type(text) is not str or "=" not in text:
-                    raise self._document.error('expected "KEY=VALUE"', (*table.path, "env", i))
-                name, _, value = text.partition("=")
-                pairs.append((i, name, value))
-        else:
-            raise table.error("env", 'expected an array of "KEY=VALUE" or a table')
-        made: dict[str, str] = {}
-        for where, name, value in pairs:
-            path = (*table.path, "env", where)
-            if not _ENV_NAME.fullmatch(name):
-                raise self._document.error(f"{name[:60]!r} is no name of a variable", path)
-            if name in made:
-                raise self._document.error(f"{name} is set twice", path)
-            if type(value) is bool:
-                value = "true" if value else "false"
-            if type(value) not in (str, int, float):
-                raise self._document.error(f"{name}: expected a string", path)
-            if any(c in str(value) for c in "\0\n\r"):
-                raise self._document.error(f"{name}: a value may hold no line break and no NUL", path)
-            made[name] = str(value)
-        return made
-
-    def _volume(self, table: Table, i: int, text: str) -> VolumeSpec:
-        parts = text.split(":")
-        ok = len(parts) in (2, 3) and all(p.startswith("/") and "\0" not in p for p in parts[:2]) and parts[2:] in ([], ["ro"])
-        if not ok or any(".." in p.split("/") for p in parts[:2]):
-            raise self._document.error(
-                f'{text[:80]!r}: expected "/host/path:/container/path" or "...:ro", both absolute, without ".."',
-                (*table.path, "volumes", i),
-            )
-        return VolumeSpec(host_path=parts[0], container_path=parts[1], read_only=len(parts) == 3)
-
-    def _port(self, table: Table, i: int, text: str) -> FixedPort:
-        found = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[0-9.]+):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?", text)
-        if not found or not all(0 < int(n) < 65536 for n in found.group(2, 3)):
-            raise self._document.error(
-                f'{text[:60]!r}: expected "address:host:container", e.g. "127.0.0.1:28443:8443"', (*table.path, "ports", i)
-            )
-        return FixedPort(
-            address=found[1] or "",
-            host_port=int(found[2]),
-            container_port=int(found[3]),
-            protocol=found[4] or "tcp",  # type: ignore[arg-type]
-        )
-
-    def _matching(self, table: Table, key: str, pattern: re.Pattern[str], what: str) -> str:
-        value = table.get(key, str, "")
-        if value and not pattern.fullmatch(value):
-            raise table.error(key, f"{value[:60]!r} is not {what}")
-        return value
-
-    def _restart(self, table: Table) -> str:
-        value = table.get("restart", str, "unless-stopped")
-        if not _RESTART.fullmatch(value):
-            known = ("no", "always", "unless-stopped", "on-failure")
-            raise table.error("restart", f"{value[:40]!r} is no restart policy", hint=did_you_mean(value, known))
-        return value
-
-    def _cpu(self, table: Table) -> float:
-        value = table.get("cpu", float, 0.0)
-        if "cpu" in table and not 0.01 <= value <= 1024:
-            raise table.error("cpu", f"{value:g} cores is out of range")
-        return value
-
-    def _health(self, table: Table, *, has_routes: bool) -> HealthSpec:
-        table.only("path", "tcp", "cmd", "interval", "timeout")
-        path, tcp, cmd = table.get("path", str, ""), table.get("tcp", bool, False), self._command(table, "cmd")
-        chosen = [name for name, value in (("path", path), ("tcp", tcp), ("cmd", cmd)) if value]
-        if len(chosen) > 1:
-            raise table.error(chosen[1], f"{' and '.join(chosen)}: give one of path, tcp and cmd")
-        if path and not re.fullmatch(r"/[\x21-\x7e]*", path):
-            raise table.error("path", f"{path[:60]!r} is no path of a URL: it begins with / and has no spaces")
-        if (path or tcp) and not has_routes:
-            raise table.error(chosen[0], f"{chosen[0]} needs a route: without one there is no port to ask", hint="Use cmd = [...].")
-        return HealthSpec(
-            path=path, tcp=tcp, cmd=cmd, interval_s=table.duration_s("interval", 1.0), timeout_s=table.duration_s("timeout", 30.0)
-        )
-
-    def _routes(self, table: Table) -> tuple[RouteSpec, ...]:
-        routes: list[RouteSpec] = []
-        for each in table.tables("routes"):
-            route = self._route(each)
-            if any(route.name == other.name for other in routes):
-                what = f"called {route.name!r}" if route.name else "without a name"
-                raise each.error("name", f"two routes of {table.get('name', str, '')} are {what}", hint="Give each a name.")
-            routes.append(route)
-        return tuple(routes)
-
-    def _route(self, table: Table) -> RouteSpec:
-        table.only("name", "port", "mode", "hostname", "public")
-        name = table.get("name", str, "")
-        if name and not is_service_name(name):
-            raise table.error("name", f"{name[:60]!r} is no route name: lower-case letters, digits and dashes")
-        port = table.need("port", int)
-        if not 0 < port < 65536:
-            raise table.error("port", f"{port} is no port: 1 to 65535")
-        route = RouteSpec(
-            name=name,
-            port=port,
-            mode=table.choice("mode", ("l4", "l7"), "l7"),  # type: ignore[arg-type]
-            hostname=table.get("hostname", str, ""),
-            public=table.get("public", bool, False),
-        )
-        self._hostname(table, route)
-        return route
-
-    def _hostname(self, table: Table, route: RouteSpec) -> None:
-        name = route.hostname
-        if not name:
-            if route.public:
-                raise table.error("public", "a public route needs a hostname", hint='E.g. hostname = "web.example.net"')
-            return
-        labels = name.split(".")
-        if len(name) > 253 or len(labels) < 2 or not all(_HOST_LABEL.fullmatch(label) for label in labels):
-            raise table.error("hostname", f"{name[:80]!r} is no host name: lower-case labels of letters, digits and dashes")
-        zone, allowed = self._defaults.internal_zone, self._defaults.allowed_domains
-        if route.public and is_within(name, zone):
-            raise table.error("hostname", f"{name} is internal ({zone}) and cannot be public")
-        if route.public and allowed and not any(is_within(name, domain) for domain in allowed):
-            raise table.error("hostname", f"{name} lies in no allowed domain ({', '.join(allowed)})")
+def is_host_name(name: str) -> bool:
+    """Say whether this is a DNS name of two labels or more."""
+    return "." in name and is_domain(name)
 
 
 def is_within(name: str, domain: str) -> bool:
@@ -283,7 +120,371 @@ def is_within(name: str, domain: str) -> bool:
     return name == domain or name.endswith("." + domain)
 
 
-# ------------------------------------------------------------------ differences
+def _name(what: str) -> Callable[[Table, str], str]:
+    def read(table: Table, key: str) -> str:
+        name = table.value(key, str)
+        if is_service_name(name):
+            return name
+        hint = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
+        raise table.error(
+            key,
+            f"{name[:60]!r} is no name for a {what}: lower-case letters, digits and dashes, at most 40, no dash at an end",
+            hint=f'Like "{hint}".' if hint else "",
+        )
+
+    return read
+
+
+def _version(table: Table, key: str) -> str:
+    version = matching(_TAG.fullmatch, "an image tag", or_empty=True)(table, key)
+    if version == "latest":
+        raise table.error(key, "latest may be something else tomorrow: versions are pinned", hint='Like "v1.2.0".')
+    return version
+
+
+def _image(table: Table, key: str) -> str:
+    image = table.value(key, str)
+    name, tag, digest = split_image(image)
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise table.error(key, f"{image[:80]!r}: a digest is sha256: and 64 hex digits")
+    if tag is not None and not _TAG.fullmatch(tag):
+        raise table.error(key, f"{image[:80]!r}: {tag[:40]!r} is no tag")
+    if not _REPOSITORY.fullmatch(name) or len(name) > _MAX_REPOSITORY:
+        raise table.error(key, f"{image[:80]!r} is no image name", hint='Like "registry.example:5000/web:v1".')
+    version = _service_version(table)
+    if digest is None and tag is None and version:
+        return f"{image}:{version}"
+    if digest is None and tag in (None, "latest"):
+        why = "has no tag" if tag is None else "is tagged latest, which may be something else tomorrow"
+        hint = f'Write a version, e.g. "{name}:v1", or a digest, "{name}@sha256:...".'
+        raise table.error(key, f"{image[:80]!r} {why}: images are pinned", hint=hint)
+    return image
+
+
+def _service_version(table: Table) -> str:
+    """Return the tag for components that give none; "" where there is none, or a bad one (which is told elsewhere)."""
+    version = table.document.root.get("version")
+    return version if isinstance(version, str) and _TAG.fullmatch(version) and version != "latest" else ""
+
+
+def split_image(image: str) -> tuple[str, str | None, str | None]:
+    """Return an image's repository, tag and digest; the port of a registry is no tag."""
+    name, at, digest = image.partition("@")
+    head, slash, last = name.rpartition("/")
+    last, colon, tag = last.partition(":")
+    return f"{head}{slash}{last}", tag if colon else None, digest if at else None
+
+
+def _env(table: Table, key: str) -> dict[str, str]:
+    raw = table.values[key]
+    if isinstance(raw, dict):
+        pairs = [(name, name, _env_text(table, name, value)) for name, value in raw.items()]
+    elif isinstance(raw, list):
+        pairs = [_env_pair(table, i, text) for i, text in enumerate(raw)]
+    else:
+        raise table.error(key, f'expected an array of "KEY=VALUE" or a table, got {shown(raw)}')
+    made: dict[str, str] = {}
+    for where, name, value in pairs:
+        if not _ENV_NAME.fullmatch(name):
+            raise table.error(where, f"{name[:60]!r} is no name of a variable", within=key)
+        if name in SET_BY_THE_AGENT:
+            raise table.error(where, f"{name} is set by the agent, for every container", within=key)
+        if name in made:
+            raise table.error(where, f"{name} is set twice", within=key)
+        if any(c in value for c in "\0\n\r"):
+            raise table.error(where, f"{name} holds a line break or NUL", within=key, hint="Mount a file instead.")
+        made[name] = value
+    return made
+
+
+def _env_pair(table: Table, i: int, text: object) -> tuple[int, str, str]:
+    if type(text) is not str or "=" not in text:
+        # Not the text itself: it may be a secret whose name was forgotten.
+        raise table.error(i, 'expected "KEY=VALUE"', within="env")
+    name, _, value = text.partition("=")
+    return i, name, value
+
+
+def _env_text(table: Table, name: str, value: object) -> str:
+    if type(value) is str:
+        return value
+    if type(value) is bool:
+        return "true" if value else "false"
+    if type(value) is int and value.bit_length() <= 64:
+        return str(value)
+    # A number like 1.10 would lose its last digit, and a date its form.
+    hint = "Write it in quotes." if not isinstance(value, dict | list) else ""
+    raise table.error(name, "expected a string, a whole number, true or false", within="env", hint=hint)
+
+
+def _each(parse: Callable[[str], T | None], expected: str) -> Callable[[Table, str], tuple[T, ...]]:
+    """Make a reader of an array of strings that have a form of their own."""
+
+    def read(table: Table, key: str) -> tuple[T, ...]:
+        made: list[T] = []
+        for i, text in enumerate(table.strings(key)):
+            one = parse(text)
+            if one is None:
+                raise table.error(i, f"{text[:80]!r}: expected {expected}", within=key)
+            if one in made:
+                raise table.error(i, f"{text[:80]!r} is there twice", within=key)
+            made.append(one)
+        return tuple(made)
+
+    return read
+
+
+def _volume(text: str) -> VolumeSpec | None:
+    host, _, rest = text.partition(":")
+    container, _, flags = rest.partition(":")
+    is_plain = all(p.startswith("/") and ".." not in p.split("/") and not _CONTROL.search(p) for p in (host, container))
+    if not is_plain or rest not in (container, f"{container}:ro") or not container.strip("/"):
+        return None
+    return VolumeSpec(host_path=host, container_path=container, read_only=flags == "ro")
+
+
+def _fixed_port(text: str) -> FixedPort | None:
+    found = _FIXED_PORT.fullmatch(text)
+    if not found or not all(0 < int(n) < 65536 for n in found.group(2, 3)):
+        return None
+    address = found[1] or ""
+    try:
+        ipaddress.ip_address(address.strip("[]") or "127.0.0.1")
+    except ValueError:
+        return None
+    protocol: Any = found[4] or "tcp"
+    return FixedPort(address=address, host_port=int(found[2]), container_port=int(found[3]), protocol=protocol)
+
+
+def _restart(table: Table, key: str) -> str:
+    value = table.value(key, str)
+    if _RESTART.fullmatch(value):
+        return value
+    return choice("no", "always", "unless-stopped", "on-failure", "on-failure:N")(table, key)
+
+
+# ------------------------------------------------------------------------ tables
+
+
+def _health(table: Table, key: str) -> HealthSpec:
+    return _made(HealthSpec, table.table(key), HEALTH, HealthSpec())
+
+
+def _routes(table: Table, key: str) -> tuple[RouteSpec, ...]:
+    return tuple(_made(RouteSpec, each, ROUTE, RouteSpec(port=1)) for each in table.tables(key))
+
+
+def _components(table: Table, key: str) -> tuple[ComponentSpec, ...]:
+    found = table.tables(key)
+    if not found:
+        raise table.error(key, "a service needs at least one component", hint="Add a [[components]] table.")
+    return tuple(map(_component, found))
+
+
+def _component(table: Table) -> ComponentSpec:
+    values = table.read(COMPONENT)
+    if values is not None and "image" not in values:
+        if version := _service_version(table):
+            values["image"] = f"{values['name']}:{version}"
+        else:
+            table.document.note(table.error("image", "'image' is missing", hint='Like image = "web:v1".'))
+            values = None
+    return ComponentSpec(name="", image="") if values is None else ComponentSpec(**values)
+
+
+def _made(cls: Callable[..., T], table: Table, schema: Schema, instead: T) -> T:
+    """Return what a table describes; `instead` when that cannot be said, which the document knows."""
+    values = table.read(schema)
+    return instead if values is None else cls(**values)
+
+
+HEALTH = Schema(
+    "in [components.health]",
+    (
+        Key(
+            "path", matching(_URL_PATH.fullmatch, "a path of a URL: it begins with / and has no spaces", or_empty=True)
+        ),
+        Key("tcp", flag),
+        Key("cmd", strings),
+        Key("interval", duration(0.01, DAY_S), to="interval_s"),
+        Key("timeout", duration(0.01, DAY_S), to="timeout_s"),
+    ),
+)
+
+ROUTE = Schema(
+    "in [[components.routes]]",
+    (
+        Key(
+            "name",
+            matching(
+                is_service_name, "a route's name: lower-case letters, digits and dashes, at most 40", or_empty=True
+            ),
+        ),
+        Key("port", port, required="port = 8443"),
+        Key("mode", choice("l4", "l7")),
+        Key(
+            "hostname",
+            matching(
+                is_host_name, "a host name: two or more lower-case labels of letters, digits and dashes", or_empty=True
+            ),
+        ),
+        Key("public", flag),
+    ),
+)
+
+COMPONENT = Schema(
+    "in [[components]]",
+    (
+        Key("name", _name("component"), required='name = "web"'),
+        Key("image", _image),
+        Key("cmd", strings),
+        Key("env", _env),
+        Key("volumes", _each(_volume, '"/host/path:/container/path" or "...:ro", both absolute and without ".."')),
+        Key("network", matching(_NETWORK.fullmatch, "a network's name", or_empty=True)),
+        Key("user", matching(_USER.fullmatch, 'a user like "1000:1000" or "app"', or_empty=True)),
+        Key("restart", _restart),
+        Key("ports", _each(_fixed_port, '"address:host:container" or "host:container", "/udp" may follow')),
+        Key("memory", size(6 * MIB, 2**50), to="memory_bytes"),  # engines refuse less than 6 MiB
+        Key("cpu", number(0.01, 1024, "cores"), to="cpu_cores"),
+        Key("stop_grace", duration(0, DAY_S), to="stop_grace_s"),
+        Key("update", choice("start-first", "stop-first")),
+        Key("health", _health, inner=HEALTH),
+        Key("routes", _routes, inner=ROUTE),
+    ),
+)
+
+SERVICE = Schema(
+    "above the first [[components]]",
+    (
+        Key("name", _name("service"), required='name = "web"'),
+        Key("tier", choice("core", "worker")),
+        Key(
+            "node",
+            matching(is_node_name, "a node's name: lower-case letters, digits and dashes, at most 32", or_empty=True),
+        ),
+        Key("active", flag),
+        Key("version", _version),
+        Key("components", _components, required="[[components]]", inner=COMPONENT),
+    ),
+)
+
+SCHEMAS = {"": SERVICE, "components": COMPONENT, "components.health": HEALTH, "components.routes": ROUTE}
+"""Everything that may stand in a definition, by the header of its table."""
+
+
+# ------------------------------------------------------- what only the whole shows
+
+
+def _check_whole(document: Document, spec: ServiceSpec, defaults: Defaults) -> None:
+    """Note what is wrong although each value may stand for itself."""
+    _note_twins(document, "two components are called {}", ((c.name, (*here, "name")) for here, c in _numbered(spec)))
+    for here, component in _numbered(spec):
+        _check_routes(document, component, here, defaults)
+        mounts = ((v.container_path.rstrip("/"), (*here, "volumes", i)) for i, v in enumerate(component.volumes))
+        _note_twins(document, f"two volumes of {component.name} are mounted at {{}}", mounts)
+        _check_health(document, component, (*here, "health"))
+    _check_listeners(document, spec, defaults)
+    _check_fixed_ports(document, spec)
+
+
+def _numbered(spec: ServiceSpec) -> Iterator[tuple[Path, ComponentSpec]]:
+    return ((("components", i), component) for i, component in enumerate(spec.components))
+
+
+def _note_twins(document: Document, text: str, found: Iterable[tuple[str, Path]]) -> None:
+    seen: set[str] = set()
+    for name, path in found:
+        if name in seen:
+            document.note(document.error(text.format(repr(name)), path))
+        seen.add(name)
+
+
+def _check_routes(document: Document, component: ComponentSpec, here: Path, defaults: Defaults) -> None:
+    named = [(route.name, (*here, "routes", i, "name")) for i, route in enumerate(component.routes)]
+    _note_twins(document, f"two routes of {component.name} are called {{}}", ((n, path) for n, path in named if n))
+    for _, path in [each for each in named if not each[0]][1:]:
+        nameless = document.error(f"two routes of {component.name} are without a name", path, hint="Give each a name.")
+        document.note(nameless)
+    for i, route in enumerate(component.routes):
+        if route.public:
+            _check_public(document, route, (*here, "routes", i), defaults)
+
+
+def _check_public(document: Document, route: RouteSpec, here: Path, defaults: Defaults) -> None:
+    name, allowed = route.hostname, defaults.allowed_domains
+    if not name:
+        hint = 'Like hostname = "web.example.net".'
+        document.note(document.error("a public route needs a hostname", (*here, "public"), hint=hint))
+    elif is_within(name, defaults.internal_zone):
+        reason = f"{name} is an internal name (in {defaults.internal_zone}) and cannot be public"
+        document.note(document.error(reason, (*here, "hostname")))
+    elif allowed and not any(is_within(name, domain) for domain in allowed):
+        reason = f"{name} is in no allowed domain (allowed: {', '.join(allowed)})"
+        document.note(document.error(reason, (*here, "hostname")))
+
+
+def _check_health(document: Document, component: ComponentSpec, here: Path) -> None:
+    health = component.health
+    ways = [way for way in ("path", "tcp", "cmd") if getattr(health, way)]
+    if len(ways) > 1:
+        document.note(document.error(f"{' and '.join(ways)}: only one of path, tcp and cmd", (*here, ways[1])))
+    has_port = component.routes or any(fixed.protocol == "tcp" for fixed in component.ports)
+    if not has_port and ways and ways[0] != "cmd":
+        reason = f"{ways[0]} needs a port to ask, and {component.name} has neither a route nor a fixed one"
+        document.note(document.error(reason, (*here, ways[0]), hint="Add a route, or use cmd = [...]."))
+
+
+def _check_listeners(document: Document, spec: ServiceSpec, defaults: Defaults) -> None:
+    taken: dict[tuple[str, int], str] = {}
+    for here, component in _numbered(spec):
+        for i, route in enumerate(component.routes):
+            # What has no hostname of its own answers to the service's internal name.
+            listener = (route.hostname or f"{spec.name}.{defaults.internal_zone}", route.port)
+            if listener in taken:
+                reason = f"{listener[0]} port {route.port} is claimed twice, also by {taken[listener]}"
+                hint = "Routes may share a hostname on different ports."
+                document.note(document.error(reason, (*here, "routes", i, "port"), hint=hint))
+            taken.setdefault(listener, f"route {route.name} of {component.name}" if route.name else component.name)
+
+
+def _check_fixed_ports(document: Document, spec: ServiceSpec) -> None:
+    taken: list[tuple[FixedPort, str]] = []
+    for here, component in _numbered(spec):
+        for i, fixed in enumerate(component.ports):
+            for other, owner in taken:
+                if _collide(fixed, other):
+                    reason = f"host port {fixed.host_port}/{fixed.protocol} is claimed twice, also by {owner}"
+                    document.note(document.error(reason, (*here, "ports", i)))
+            taken.append((fixed, component.name))
+
+
+def _collide(one: FixedPort, other: FixedPort) -> bool:
+    everywhere = ("0.0.0.0", "[::]")  # noqa: S104 - nothing is bound here
+    same_port = (one.host_port, one.protocol) == (other.host_port, other.protocol)
+    return same_port and (one.address == other.address or one.address in everywhere or other.address in everywhere)
+
+
+def _warnings(document: Document, spec: ServiceSpec, file: str) -> Iterator[str]:
+    """Yield what works and was probably not meant."""
+    stem = file.rpartition("/")[2].removesuffix(".toml")
+    if file.endswith(".toml") and stem != spec.name:
+        yield f"{file} defines {spec.name}: `mcp deploy {spec.name}` looks for {spec.name}.toml"
+    if spec.node and spec.tier == "core":
+        yield f"{file}: node = {spec.node!r} overrides tier = 'core'"
+    for (_, i), component in _numbered(spec):
+        written = document.root["components"][i]
+        if "image" not in written:
+            yield f"{file}: {component.name} gives no image: {component.image} is used"
+        if component.ports and written.get("update") == "start-first":
+            yield f"{file}: {component.name} has fixed ports, so the old copy is stopped first all the same"
+        for name in component.env.keys() & {port_variable(route.name) for route in component.routes}:
+            yield f"{file}: {component.name} is told its port in {name}: the value in env is not used"
+    public = [route.hostname for component in spec.components for route in component.routes if route.public]
+    for name in sorted({name for name in public if public.count(name) > 1}):
+        yield f"{file}: {name} is public more than once, and an edge has one port 443 for it"
+
+
+# ------------------------------------------------------------------- differences
 
 
 def differences(old: ServiceSpec, new: ServiceSpec) -> tuple[str, ...]:
@@ -319,7 +520,7 @@ def _brief(value: Any) -> str:
     return json.dumps(value) if value in ("", None) or isinstance(value, bool) else str(value)
 
 
-# ---------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------- writing
 
 
 def render_service(spec: ServiceSpec) -> str:
@@ -329,50 +530,58 @@ def render_service(spec: ServiceSpec) -> str:
     lines += ["active = false"] if not spec.active else []
     lines += [f"version = {_toml(spec.version)}"] if spec.version else []
     for component in spec.components:
-        lines += ["", "[[components]]", *_component_lines(component)]
+        lines += _table_lines("[[components]]", _component_values(component))
+        if component.health != HealthSpec():
+            lines += _table_lines("[components.health]", _health_values(component.health))
+        for route in component.routes:
+            lines += _table_lines("[[components.routes]]", _without_defaults(RouteSpec(port=0), route))
     return "\n".join(lines) + "\n"
 
 
-def _component_lines(component: ComponentSpec) -> list[str]:
-    blank = ComponentSpec(name="", image="")
-    ports = [f"{p.address + ':' if p.address else ''}{p.host_port}:{p.container_port}/{p.protocol}" for p in component.ports]
-    volumes = [f"{v.host_path}:{v.container_path}{':ro' if v.read_only else ''}" for v in component.volumes]
-    plain: list[tuple[str, Any, Any]] = [
-        ("name", component.name, None),
-        ("image", component.image, None),
-        ("cmd", list(component.cmd), []),
-        ("env", [f"{name}={value}" for name, value in component.env.items()], []),
-        ("volumes", volumes, []),
-        ("network", component.network, ""),
-        ("user", component.user, ""),
-        ("restart", component.restart, blank.restart),
-        ("ports", ports, []),
-        ("memory", component.memory_bytes, 0),
-        ("cpu", component.cpu_cores, 0.0),
-        ("stop_grace", component.stop_grace_s, blank.stop_grace_s),
-        ("update", component.update, blank.update),
-    ]
-    lines = [f"{key} = {_toml(value)}" for key, value, default in plain if value != default]
-    if component.health != HealthSpec():
-        health = component.health
-        lines += ["[components.health]"]
-        lines += [f"path = {_toml(health.path)}"] if health.path else []
-        lines += ["tcp = true"] if health.tcp else []
-        lines += [f"cmd = {_toml(list(health.cmd))}"] if health.cmd else []
-        lines += [f"interval = {_toml(health.interval_s)}", f"timeout = {_toml(health.timeout_s)}"]
-    for route in component.routes:
-        lines += ["[[components.routes]]"]
-        lines += [f"name = {_toml(route.name)}"] if route.name else []
-        lines += [f"port = {route.port}", f"mode = {_toml(route.mode)}"]
-        lines += [f"hostname = {_toml(route.hostname)}"] if route.hostname else []
-        lines += ["public = true"] if route.public else []
-    return lines
+def _component_values(component: ComponentSpec) -> dict[str, Any]:
+    written = {
+        "env": [f"{name}={value}" for name, value in component.env.items()],
+        "volumes": [f"{v.host_path}:{v.container_path}{':ro' if v.read_only else ''}" for v in component.volumes],
+        "ports": [_port_text(fixed) for fixed in component.ports],
+        "memory_bytes": _size_text(component.memory_bytes),
+        "stop_grace_s": _duration_text(component.stop_grace_s),
+    }
+    values = _without_defaults(ComponentSpec(name="", image=""), component)
+    return {_written_as(COMPONENT, field): written.get(field, value) for field, value in values.items()}
+
+
+def _health_values(health: HealthSpec) -> dict[str, Any]:
+    written = {"interval_s": _duration_text(health.interval_s), "timeout_s": _duration_text(health.timeout_s)}
+    values = _without_defaults(HealthSpec(), health)
+    return {_written_as(HEALTH, field): written.get(field, value) for field, value in values.items()}
+
+
+def _without_defaults(blank: Any, value: Any) -> dict[str, Any]:
+    fields = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+    return {n: v for n, v in fields.items() if v != getattr(blank, n) and n not in ("health", "routes")}
+
+
+def _written_as(schema: Schema, field: str) -> str:
+    return next(key.name for key in schema.keys if field in (key.to, key.name))
+
+
+def _table_lines(header: str, values: Mapping[str, Any]) -> list[str]:
+    return ["", header, *(f"{key} = {_toml(value)}" for key, value in values.items())]
+
+
+def _port_text(fixed: FixedPort) -> str:
+    address = f"{fixed.address}:" if fixed.address else ""
+    return f"{address}{fixed.host_port}:{fixed.container_port}{'/udp' if fixed.protocol == 'udp' else ''}"
+
+
+def _size_text(size_bytes: int) -> str | int:
+    return f"{size_bytes // MIB}M" if size_bytes % MIB == 0 else size_bytes
+
+
+def _duration_text(seconds: float) -> str | float:
+    return f"{int(seconds)}s" if seconds == int(seconds) else seconds
 
 
 def _toml(value: Any) -> str:
-    """JSON's strings, numbers and arrays are TOML's too, but for DEL, which TOML wants escaped."""
-    return json.dumps(value).replace("\x7f", "\\u007f")
-
-
-
-__all__ = ["BadDefinition", "Defaults", "differences", "is_within", "parse_service", "render_service"]
+    """JSON's strings, numbers, truths and arrays are TOML's too, but for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

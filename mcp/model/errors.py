@@ -35,9 +35,13 @@ class McpError(Exception):
 
 
 class BadDefinition(McpError):
-    """A service definition or configuration file is wrong; nothing of it was used."""
+    """A service definition or configuration file is wrong; nothing of it was used.
+
+    With several mistakes in it, `mistakes` has each of them, and the text shows the first few.
+    """
 
     code = "bad_definition"
+    mistakes: tuple[BadDefinition, ...] = ()
 
     def __init__(self, reason: str, *, file: str, line: int = 0, key: str = "", hint: str = "") -> None:
         where = f"{file}:{line}" if line else file

@@ -28,3 +28,8 @@ def container_name(service: str, component: str, generation: int) -> str:
     """Name a container so that asking twice for the same one collides instead of making two."""
     stem = service if component == service else f"{service}.{component}"
     return f"mcp.{stem}.g{generation}"
+
+
+def port_variable(route: str) -> str:
+    """Return the variable that tells a container its port: PORT, or PORT_<NAME> for a named route."""
+    return "PORT" if not route else "PORT_" + route.upper().replace("-", "_")
