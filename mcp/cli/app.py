@@ -18,18 +18,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "start": ("deploy", "Start a stopped service."),
     "stop": ("deploy", "Stop a service; it stays deployed."),
     "restart": ("deploy", "Restart a service's containers, one component after the other."),
-    "status": ("status", "The whole fleet on one screen, problems first."),
+    "status": ("status", "The whole fleet on one screen: problems first, then services, then nodes."),
     "ps": ("status", "The containers of the fleet."),
     "logs": ("logs", "What a service's containers print, merged, wherever they run."),
     "node": ("node", "The nodes: list, show, why, invite, remove."),
     "op": ("op", "The operations: list, show, cancel."),
-    "init": ("init", "Make this machine the first node: bus, master and agent."),
-    "operator": ("operator", "Who may give commands: add, list, remove."),
+    "init": ("init", "Make this machine the first node: bus, authority, master and agent."),
+    "operator": ("operator", "Who may give commands: add, list, remove. On the master's machine."),
     "login": ("init", "Take an operator's file as your way into the fleet."),
     "bus": ("bus", "The bus itself: run."),
     "tap": ("tap", "Watch the decoded bus: orders paired with their answers."),
     "demo": ("demo", "A whole fleet on this machine in 15 seconds, and gone again."),
-    "completion": ("completion", "Tab completion for bash, zsh or fish, with live names."),
+    "completion": ("completion", "Print the script that makes Tab complete commands and live names."),
 }
 """Command -> its module and its line in `mcp --help`; a test holds the lines against the commands themselves."""
 

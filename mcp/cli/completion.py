@@ -34,7 +34,11 @@ SHELLS = ("bash", "zsh", "fish")
 )
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> int:
-    """Print the script that makes Tab complete commands, options and the live names of services and nodes."""
+    """Print the script that makes Tab complete commands and live names.
+
+    Names of services, nodes and operations come from the fleet; when it does not answer within half a second, the last known
+    ones are offered.
+    """
     import sys
 
     from click.shell_completion import get_completion_class

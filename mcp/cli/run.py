@@ -49,7 +49,16 @@ def _answered(args: list[str], settings: Settings) -> int:
 
 
 def _command(args: list[str], settings: Settings) -> int:
-    code = mcp.main(args=args, prog_name="mcp", standalone_mode=False, obj=settings)
+    """Run it without click's own main, which has ideas of its own about closed outputs."""
+    if (wanted := os.environ.get("_MCP_COMPLETE")) is not None:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(mcp, {}, "mcp", "_MCP_COMPLETE", wanted)
+    try:
+        with mcp.make_context("mcp", args, obj=settings) as ctx:
+            code = mcp.invoke(ctx)
+    except click.exceptions.Exit as leaving:
+        code = leaving.exit_code
     if sys.stdout is not None:
         sys.stdout.flush()
     return code if isinstance(code, int) else exits.DONE
