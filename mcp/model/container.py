@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 import attrs
 
-from mcp.model.names import container_name, is_service_name
+from mcp.model.names import container_name, is_service_name, port_variable
 from mcp.model.ports import ContainerRequest, PortBinding
 from mcp.model.spec import ComponentSpec, ServiceSpec, spec_hash
 
@@ -23,6 +24,11 @@ NODE_LABEL = LABEL + "node"
 SPEC_LABEL = LABEL + "spec"
 PORTS_LABEL = LABEL + "ports"
 
+_GENERATION = re.compile(r"[0-9]{1,11}")
+_HOST_PORT = re.compile(r"[0-9A-Fa-f:.\[\]]{1,47}:[0-9]{1,5}")
+_SHORT = 64
+"""Longer than any hash or operation id of ours."""
+
 
 @attrs.frozen(kw_only=True)
 class ContainerDefaults:
@@ -31,11 +37,6 @@ class ContainerDefaults:
     node: str
     network: str = "mcpnet"
     publish_address: str = "127.0.0.1"
-
-
-def port_variable(route: str) -> str:
-    """Return the variable that tells a container its port: PORT, or PORT_<NAME> for a named route."""
-    return "PORT" if not route else "PORT_" + route.upper().replace("-", "_")
 
 
 def container_request(
@@ -53,33 +54,12 @@ def container_request(
     `ports` has the host port of each route; the container is told to listen on the same number, so one number is
     all that anybody has to know. `spec_json` is the whole spec, for the label.
     """
-    env = {
-        "MCP_SERVICE": service.name,
-        "MCP_COMPONENT": component.name,
-        "MCP_NODE": defaults.node,
-        **component.env,
-        **{port_variable(route): str(port) for route, port in ports.items()},
-    }
-    if len(ports) == 1:
-        env.setdefault("PORT", str(next(iter(ports.values()))))
     network = component.network or defaults.network
-    bindings = [
-        PortBinding(address=defaults.publish_address, host_port=port, container_port=port) for port in ports.values()
-    ]
-    bindings += [
-        PortBinding(
-            address=fixed.address.strip("[]") or defaults.publish_address,
-            host_port=fixed.host_port,
-            container_port=fixed.container_port,
-            protocol=fixed.protocol,
-        )
-        for fixed in component.ports
-    ]
     return ContainerRequest(
         name=container_name(service.name, component.name, generation),
         image=component.image,
         cmd=component.cmd,
-        env=env,
+        env=_environment(service, component, ports, defaults),
         labels={
             OWNER_LABEL: OWNER,
             SERVICE_LABEL: service.name,
@@ -91,17 +71,40 @@ def container_request(
             PORTS_LABEL: json.dumps({route: f"{defaults.publish_address}:{port}" for route, port in ports.items()}),
             SPEC_LABEL: spec_json,
         },
-        binds=tuple(
-            f"{v.host_path}:{v.container_path}{':ro' if v.read_only else ''}" for v in component.volumes
-        ),
+        binds=tuple(f"{v.host_path}:{v.container_path}{':ro' if v.read_only else ''}" for v in component.volumes),
         network=network,
         user=component.user,
         restart=component.restart,
-        ports=() if network == "host" else tuple(bindings),
+        ports=() if network == "host" else _bindings(component, ports, defaults),
         memory_bytes=component.memory_bytes,
         cpu_cores=component.cpu_cores,
         stop_grace_s=component.stop_grace_s,
     )
+
+
+def _environment(
+    service: ServiceSpec, component: ComponentSpec, ports: Mapping[str, int], defaults: ContainerDefaults
+) -> dict[str, str]:
+    env = {**component.env, **{port_variable(route): str(port) for route, port in ports.items()}}
+    if len(ports) == 1:  # programs know PORT, whatever the route is called
+        env.setdefault("PORT", str(next(iter(ports.values()))))
+    return {**env, "MCP_SERVICE": service.name, "MCP_COMPONENT": component.name, "MCP_NODE": defaults.node}
+
+
+def _bindings(
+    component: ComponentSpec, ports: Mapping[str, int], defaults: ContainerDefaults
+) -> tuple[PortBinding, ...]:
+    routes = (PortBinding(address=defaults.publish_address, host_port=p, container_port=p) for p in ports.values())
+    fixed = (
+        PortBinding(
+            address=port.address.strip("[]") or defaults.publish_address,
+            host_port=port.host_port,
+            container_port=port.container_port,
+            protocol=port.protocol,
+        )
+        for port in component.ports
+    )
+    return (*routes, *fixed)
 
 
 @attrs.frozen(kw_only=True)
@@ -121,24 +124,27 @@ def read_labels(labels: Mapping[str, str]) -> Labels | None:
     """Return what labels say; None when they are not ours or make no sense (anybody can label a container)."""
     if labels.get(OWNER_LABEL) != OWNER:
         return None
-    service, component = labels.get(SERVICE_LABEL, ""), labels.get(COMPONENT_LABEL, "")
-    generation = labels.get(GENERATION_LABEL, "")
-    if not (is_service_name(service) and is_service_name(component)):
+    text = {name: value for name, value in labels.items() if isinstance(value, str)}
+    service, component = text.get(SERVICE_LABEL, ""), text.get(COMPONENT_LABEL, "")
+    generation = text.get(GENERATION_LABEL, "")
+    if not (is_service_name(service) and is_service_name(component) and _GENERATION.fullmatch(generation)):
         return None
-    if not (generation.isascii() and generation.isdigit() and 0 < len(generation) < 12):
-        return None
-    try:
-        ports = json.loads(labels.get(PORTS_LABEL, "{}"))
-    except ValueError:
-        ports = {}
-    if not isinstance(ports, dict) or not all(isinstance(v, str) for v in ports.values()):
-        ports = {}
     return Labels(
         service=service,
         component=component,
         generation=int(generation),
-        spec_hash=labels.get(HASH_LABEL, "")[:64],
-        op=labels.get(OP_LABEL, "")[:64],
-        ports=ports,
-        spec_json=labels.get(SPEC_LABEL, ""),
+        spec_hash=text.get(HASH_LABEL, "")[:_SHORT],
+        op=text.get(OP_LABEL, "")[:_SHORT],
+        ports=_ports_in(text.get(PORTS_LABEL, "")),
+        spec_json=text.get(SPEC_LABEL, ""),
     )
+
+
+def _ports_in(text: str) -> dict[str, str]:
+    """Read the ports of routes; what nobody of us wrote counts as no ports at all."""
+    try:
+        ports = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    is_ours = isinstance(ports, dict) and all(isinstance(v, str) and _HOST_PORT.fullmatch(v) for v in ports.values())
+    return ports if is_ours else {}

@@ -139,7 +139,8 @@ class Document:
             BadDefinition: `mistakes` has each of several.
         """
         if self.mistakes:
-            raise _together(sorted(self.mistakes, key=lambda mistake: mistake.line))
+            # Those of the file as a whole come last: they often follow from another.
+            raise _together(sorted(self.mistakes, key=lambda mistake: mistake.line or MAX_FILE_BYTES + 1))
 
 
 def _together(mistakes: list[BadDefinition]) -> BadDefinition:
