@@ -123,13 +123,6 @@ def heartbeat(**more: Any) -> Heartbeat:
     """A sign of life; `more` may be of its resources too."""
     of_resources = {key: value for key, value in more.items() if key in _OF_RESOURCES}
     of_heartbeat = {key: value for key, value in more.items() if key not in _OF_RESOURCES}
-    usual = Heartbeat(
-        incarnation="first",
-        sequence=1,
-        engine="up",
-        resources=resources(**of_resources),
-        containers=0,
-        inventory_version=0,
-        clock_s=0.0,
-    )
-    return attrs.evolve(usual, **of_heartbeat)
+    usual: dict[str, Any] = {"incarnation": "first", "sequence": 1, "engine": "up", "containers": 0}
+    usual |= {"inventory_version": 0, "clock_s": 0.0, "resources": resources(**of_resources)}
+    return Heartbeat(**{**usual, **of_heartbeat})
