@@ -6,6 +6,7 @@ It translates calls and errors and decides nothing. What the engine really does 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import time
@@ -155,7 +156,7 @@ class DockerEngine:
             AdapterError: the engine did not take them.
         """
         async with self._client.call("load images", self._start_timeout_s) as docker:
-            await docker.images.import_image(archive)
+            await docker.images.import_image(io.BytesIO(archive))  # a stream: large bytes would hold up the loop
 
     # --------------------------------------------------------------- containers
 
