@@ -13,7 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -59,6 +59,12 @@ async def until(what: Callable[[], bool], wait_s: float = WAIT_S) -> float:
     return time.perf_counter() - began
 
 
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+    with suppress(OSError):
+        await writer.wait_closed()
+
+
 class Raw:
     """A client of some 30 lines, so that nothing of nats-py or of ours stands between the test and the server."""
 
@@ -90,7 +96,7 @@ class Raw:
         writer.write(b"CONNECT " + json.dumps(options).encode() + b"\r\nPING\r\n")
         answer = await reader.readline()
         if not answer.startswith(b"PONG"):
-            writer.close()
+            await hang_up(writer)
             raise ConnectionError(answer.decode().strip() or "closed without a word")
         return cls(reader, writer)
 
@@ -115,9 +121,9 @@ class Raw:
         return [line.decode() for line in self.heard if line.startswith(b"-ERR 'Permissions")]
 
     async def close(self) -> None:
-        """Go."""
-        self.writer.close()
+        """Go, and leave no socket behind."""
         self._task.cancel()
+        await hang_up(self.writer)
 
 
 class Bus:
