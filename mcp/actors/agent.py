@@ -82,6 +82,7 @@ BEAT_AGAIN_S = 10.0
 SHUTDOWN_S = 30.0
 """A container that ended so shortly before its engine went was stopped by the engine, and comes back with it."""
 
+PAST_KEPT = 1000
 DISK_LOW_BYTES = 16 * 1024 * 1024
 OPERATIONS_TOLD = 20
 DETAIL_LIMIT = 200
@@ -129,6 +130,8 @@ class AgentActor(Actor):
         self._logs = LogSender(node, link)
         self._workloads: dict[str, WorkloadActor] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
+        self._past: dict[str, int] = {}
+        """The highest generation of services of which nothing is left: what comes too late is still refused."""
         self._hands: dict[int, InHand] = {}
         self._is_pulsing = False
         self._epoch = 0
@@ -422,7 +425,8 @@ class AgentActor(Actor):
 
     def _workload(self, service: str) -> WorkloadActor:
         if service not in self._workloads:
-            workload = self._workloads[service] = WorkloadActor(Known(service=service), self.node)
+            known = Known(service=service, highest=self._past.pop(service, 0))
+            workload = self._workloads[service] = WorkloadActor(known, self.node)
             self._lives[service] = self.spawn(workload.run(), name=service)
         return self._workloads[service]
 
@@ -432,6 +436,9 @@ class AgentActor(Actor):
             if workload.is_idle and workload.told is None:
                 del self._workloads[service]
                 self._lives.pop(service).cancel()
+                self._past[service] = workload.known.highest
+        while len(self._past) > PAST_KEPT:
+            del self._past[next(iter(self._past))]
 
     async def _tell_service(self, workload: WorkloadActor) -> None:
         """Tell the master what a service is now, if that is news; in the order of the inventory's versions."""

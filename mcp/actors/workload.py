@@ -291,9 +291,12 @@ class WorkloadActor(Actor):
         body = await self._node.records.finished(key)
         if body is None:
             return None
-        kind, _, encoded = body.partition(b"\n")
+        head, _, encoded = body.partition(b"\n")
+        kind, _, about = head.decode().partition(" ")
+        if about != self._about(message):
+            return None  # another order under the same name
         try:
-            answer = decode(kind.decode(), encoded)
+            answer = decode(kind, encoded)
         except MalformedMessage as error:
             log.warning("cannot read the recorded answer of %s: %s", key, error.reason)
             return None
@@ -302,6 +305,9 @@ class WorkloadActor(Actor):
         if isinstance(message, RunWorkload) and not await self._still_runs(message.generation):
             return None
         return answer
+
+    def _about(self, message: Any) -> str:
+        return f"{self.service} {message.generation}"
 
     async def _still_runs(self, generation: int) -> bool:
         """Say whether a generation is as whole as its recorded answer claims."""
@@ -320,7 +326,7 @@ class WorkloadActor(Actor):
             detail=answer.reason if isinstance(answer, Failed) else getattr(answer, "detail", ""),
             ended_at=self._node.now(),
         )
-        body = declared(type(answer)).kind.encode() + b"\n" + encode(answer)
+        body = f"{declared(type(answer)).kind} {self._about(message)}\n".encode() + encode(answer)
         try:
             await self._node.records.finish(record, body)
         except AdapterError as error:
@@ -561,6 +567,8 @@ class WorkloadActor(Actor):
         for turn in range(ROUNDS):
             action: Action | None = None
             try:
+                if turn:
+                    await self._look()
                 for action in model.converge(self.known, goal, generation, only=only):
                     self._check_abandoned(goal)
                     self._say(model.describe(action, self.service))
@@ -568,13 +576,13 @@ class WorkloadActor(Actor):
                 return
             except AdapterError as error:
                 self._node.engine.doubt(error)
-                if not error.retryable or turn == ROUNDS - 1:
+                is_hopeless = turn == ROUNDS - 1 or (turn > 0 and error.code == "engine_frozen")
+                if is_hopeless or not error.retryable:
                     if goal == "run" and isinstance(action, Make | Launch):
                         await self._clear_half(action)
                     raise
                 log.info("looking again after %s: %s", goal, error.reason, extra={"service": self.service})
             await self._node.clock.sleep(ROUND_PAUSE_S * 2**turn)
-            await self._look()
 
     async def _do(self, action: Action) -> None:
         containers = self._node.engine.containers
@@ -707,6 +715,8 @@ class WorkloadActor(Actor):
                 if error.code != "port_in_use" or component.ports or not component.routes:
                     raise
                 await containers.remove(name)
+                for route in component.routes:
+                    self._given.get(generation, {}).pop((component.name, route.name), None)
                 self._note(await self._make(component, generation))
         return await containers.start(name)
 
