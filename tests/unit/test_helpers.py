@@ -64,7 +64,7 @@ def report_of_skips(folder: Path, *, is_live_required: bool) -> str:
         (folder / f"{name}.py").write_text(f"import pytest\n{text}")
     alone = ("-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider")
     command = (sys.executable, "-m", "pytest", "-ra", "--continue-on-collection-errors", *alone)
-    environment = os.environ | {"MCP_REQUIRE_LIVE": str(int(is_live_required)), "COLUMNS": "200"}
+    environment = os.environ | {"MCP_REQUIRE_LIVE": str(int(is_live_required)), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     ran = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, check=False)
     return ran.stdout
 
