@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from mcp.model.errors import AdapterError
@@ -38,7 +39,7 @@ def write_draft(path: Path, text: str, mode: int = PUBLIC) -> Path:
         finally:
             os.close(handle)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        _drop(draft)
         raise _file_error("write", path, error) from error
     return draft
 
@@ -55,7 +56,7 @@ def publish(draft: Path, path: Path) -> None:
         draft.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        _drop(draft)
         raise _file_error("write", path, error) from error
 
 
@@ -70,8 +71,13 @@ def point_link(link: Path, target: Path) -> None:
         draft.symlink_to(target)
         draft.replace(link)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        _drop(draft)
         raise _file_error("write", link, error) from error
+
+
+def _drop(draft: Path) -> None:
+    with suppress(OSError):  # a read-only file system refuses this too, even for what is not there; the first error counts
+        draft.unlink()
 
 
 def remove(path: Path) -> None:

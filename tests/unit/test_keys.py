@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import ssl
 from pathlib import Path
@@ -124,3 +125,17 @@ def test_python_takes_the_authority_for_its_strictest_checks() -> None:
     context = ssl.create_default_context(cadata=tls.new_authority("rift", NOW_S).pem)
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
     assert context.cert_store_stats()["x509_ca"] >= 1
+
+
+def test_a_read_only_folder_is_an_error_of_ours_even_when_the_clean_up_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only file system answers EROFS to the removal of what is not there."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(AdapterError, match="read-only file system"):
+        write_whole(tmp_path / "unit", "text")
