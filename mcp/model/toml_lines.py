@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,55 +37,60 @@ class Statement:
 class TomlLines:
     """Finds lines in a text that tomllib has parsed; only made when there is an error to report.
 
-    The text is cut into statements, which is safe because it is known to be TOML. Then the first statements, as many as
-    are needed, are parsed until the key is there: the last of them is the one that wrote it.
+    The text is cut into statements, which is safe because it is known to be TOML. Each is parsed by itself, which tells the
+    keys it writes; the headers before it tell the table that they are in.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._statements = list(statements(text))
         self._newlines = [found.start() for found in re.finditer("\n", text)]
+        self._begins: dict[Path, int] = {}
+        self._tables_in: dict[Path, int] = {}
+        """How many [[tables]] an array has so far."""
+        table: Path = ()
+        for statement in statements(text):
+            table = self._index(statement, table)
 
     def line_of(self, path: Path) -> int:
         """Return the line (from 1) on which a key's statement begins, or an element of its array.
 
         Where the key is not there, it is the line of what encloses it; 0 when that is the file itself.
         """
-        while path:
-            if self._has(len(self._statements), path):
-                statement = self._statements[self._writer(path) - 1]
-                return self._line_at(self._offset(statement, path))
+        while path and path not in self._begins:
             path = path[:-1]
-        return 0
+        return bisect_right(self._newlines, self._begins[path] - 1) + 1 if path else 0
 
-    def _writer(self, path: Path) -> int:
-        """Return the number of the statement that wrote a key; statements only ever add keys, so halving finds it."""
-        return bisect_left(range(len(self._statements)), 1, lo=1, key=lambda count: self._has(count, path))
+    def _index(self, statement: Statement, table: Path) -> Path:
+        """Remember where a statement's keys are; return the table that the next statement is in."""
+        keys, value = _key_and_value(tomllib.loads(self._text[statement.begin : statement.end]))
+        if self._text[statement.begin] == "[":
+            is_array = self._text.startswith("[[", statement.begin)
+            return self._note(keys, (), statement.begin, is_array=is_array)
+        path = self._note(keys, table, statement.begin)
+        if isinstance(value, list) and len(value) == len(statement.elements):
+            self._begins.update({(*path, i): begin for i, begin in enumerate(statement.elements)})
+        return table
 
-    def _has(self, count: int, path: Path) -> bool:
-        if count < 1:
-            return False
-        here: Any = tomllib.loads(self._text[: self._statements[count - 1].end])
-        for key in path:
-            try:
-                here = here[key]
-            except (KeyError, IndexError, TypeError):
-                return False
-        return True
+    def _note(self, keys: list[str], path: Path, begin: int, *, is_array: bool = False) -> Path:
+        for depth, key in enumerate(keys, start=1):
+            path = (*path, key)
+            self._begins.setdefault(path, begin)
+            if is_array and depth == len(keys):
+                self._tables_in[path] = self._tables_in.get(path, 0) + 1
+            if count := self._tables_in.get(path):  # keys below an array of tables are about its last one
+                path = (*path, count - 1)
+                self._begins.setdefault(path, begin)
+        return path
 
-    def _offset(self, statement: Statement, path: Path) -> int:
-        last = path[-1]
-        if not isinstance(last, int) or last >= len(statement.elements):
-            return statement.begin
-        key = ""
-        value: Any = tomllib.loads(self._text[statement.begin : statement.end])
-        while isinstance(value, dict) and len(value) == 1:
-            key, value = next(iter(value.items()))
-        is_it = isinstance(value, list) and len(value) == len(statement.elements) and path[-2:-1] == (key,)
-        return statement.elements[last] if is_it else statement.begin
 
-    def _line_at(self, offset: int) -> int:
-        return bisect_right(self._newlines, offset - 1) + 1
+def _key_and_value(statement: dict[str, Any]) -> tuple[list[str], Any]:
+    """Part `{"a": {"b": 1}}` into a.b and 1; a table written within the line has the line of its statement anyway."""
+    keys: list[str] = []
+    here: Any = statement
+    while isinstance(here, dict) and len(here) == 1:
+        key, here = next(iter(here.items()))
+        keys.append(key)
+    return keys, here
 
 
 def statements(text: str) -> Iterator[Statement]:
