@@ -87,7 +87,7 @@ def _show_plan(session: Session, definition: Definition, node: str, made: Plain)
         out.say("\nWhat is different", "bold")
         for line in made["differences"]:
             out.say(f"  {safe_lines(line)}")
-    if made.get("placement"):
+    if made.get("placement") and made.get("can_place", True):
         out.say("\nPlacement", "bold")
         rows = [_placement(row, str(made.get("node", ""))) for row in made["placement"]]
         out.table(("NODE", "FITS", "CONTAINERS", "WHY"), rows, indent="  ")

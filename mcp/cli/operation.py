@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 
 from mcp.bus.plain import Declined, Plain
 from mcp.cli import exits, interrupt
-from mcp.cli.output import Output, Progress, safe, safe_lines, took
+from mcp.cli.output import Output, Progress, safe, took
 from mcp.cli.session import AGAIN_S, SILENCE_S, Session
 from mcp.model.errors import BusUnreachable, McpError, NoAnswer, NobodyListens, NotPermitted
 
@@ -228,16 +228,14 @@ def _tell_failure(out: Output, ended: Plain, kind: str, service: str) -> None:
         reason = f"how the {verb} of {service}{op} ended is not known: {reason}"
     elif not reason.startswith(("cannot ", "operation ")):
         reason = f"cannot {verb} {service}: {reason}"
-    out.complain(reason)
+    hint = str(ended.get("hint", ""))
+    if not hint and outcome == "unknown" and ended.get("op"):
+        hint = f"`mcp op show {ended['op']}` tells more."
+    out.complain(reason, hint)
     for log in ended.get("logs", ()):
         tell_log(out, log)
     if outcome == "undone":
         out.warn("Undone: everything is as it was before.")
-    hint = str(ended.get("hint", ""))
-    if not hint and outcome == "unknown" and ended.get("op"):
-        hint = f"`mcp op show {ended['op']}` tells more."
-    if hint:
-        out.warn(safe_lines(hint))
 
 
 def tell_log(out: Output, log: Plain) -> None:

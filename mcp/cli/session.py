@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -29,6 +30,9 @@ LEARNING_S = 5.0
 """A master that has just started asks its agents first; so long a command waits for it without a word."""
 
 AGAIN_S = 0.2
+
+# What the bus layer logs is for daemons; a command says itself what went wrong.
+logging.getLogger().addHandler(logging.NullHandler())
 
 
 class Session:

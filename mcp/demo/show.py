@@ -174,7 +174,7 @@ class Show:
         self._fleet.log_in("watch", "debug", config)
         seen: list[dict[str, Any]] = []
         words = resolved(["mcp", "--config", str(config), "tap", "--json"])
-        self._command("mcp tap &")
+        self._command(f"mcp --config {config} tap &")
         watching = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=self._fleet.env(), start_new_session=True
         )
