@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import attrs
 import msgpack
-from cattrs import Converter, transform_error
+from cattrs import Converter
 
 from mcp.bus.transport import MAX_BODY_BYTES, Frame
 from mcp.model import messages as _messages  # noqa: F401 - importing it fills the catalogue
@@ -27,6 +29,11 @@ MAX_CONTAINERS = 10_000
 """Arrays and maps in one message: 250 KB of empty maps would otherwise become 18 MB of memory."""
 
 FrameKind = Literal["", "accepted", "progress", "final", "error"]
+
+_FRAME_KINDS: Mapping[str, FrameKind] = {kind: kind for kind in get_args(FrameKind)}
+_KIND = re.compile(r"([a-z_]{1,60})/([0-9]{1,4})")
+_OP = re.compile(r"[A-Za-z0-9_-]{0,64}")
+"""An operation's id: it becomes part of a subject."""
 
 
 @attrs.frozen(kw_only=True)
@@ -42,82 +49,104 @@ class Letter:
     sent_s: float | None = None
     deadline_s: float | None = None
     epoch: int = 0
+    answers: str = ""
+    """The reply subject of the order whose refusal led to this one (see links.AgentLink)."""
+    traceparent: str = ""
 
 
 # ------------------------------------------------------------------- structure
 
 
+Hook = Callable[[Any, Any], Any]
+
+
 @functools.cache
 def converter() -> Converter:
-    """Return the one strict converter; it makes its code for a class when that class is first met."""
-    made = Converter(forbid_extra_keys=False)
+    """Return the one strict converter; it makes its code for a class when that class is first met.
+
+    It stops at the first thing that is wrong and does not say where: `_explain` does, off the path of good messages.
+    """
+    made = Converter(forbid_extra_keys=False, detailed_validation=False)
     for kind in (str, int, bool):
         made.register_structure_hook(kind, _only(kind))
     made.register_structure_hook(float, _to_float)
-    made.register_structure_hook_factory(lambda kind: get_origin(kind) is tuple, _strict_tuple)
-    made.register_structure_hook_factory(lambda kind: get_origin(kind) is dict, _strict_dict)
-    made.register_structure_hook_factory(lambda kind: get_origin(kind) is Literal, _strict_literal)
+    made.register_structure_hook_factory(_is(tuple), _strict_tuple)
+    made.register_structure_hook_factory(_is(dict), _strict_dict)
+    made.register_structure_hook_factory(_is(Literal), _strict_literal)
     made.register_structure_hook_factory(attrs.has, _strict_class)
     return made
 
 
-def _only(kind: type) -> Any:
+def _is(origin: Any) -> Callable[[Any], bool]:
+    return lambda kind: get_origin(kind) is origin
+
+
+def _only(kind: type) -> Hook:
     def take(value: Any, _: Any) -> Any:
         if type(value) is not kind:  # bool is an int to isinstance, and "7" is no int
-            raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+            raise _unexpected(kind.__name__, value)
         return value
 
     return take
 
 
+def _unexpected(wanted: str, value: Any) -> TypeError:
+    return TypeError(f"expected {wanted}, got {_NAMES.get(type(value), type(value).__name__)}")
+
+
+_NAMES = {dict: "map", list: "array", type(None): "nil"}
+
+
 def _to_float(value: Any, _: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(f"expected float, got {type(value).__name__}")
+    if type(value) is not float and type(value) is not int:
+        raise _unexpected("float", value)
     if not math.isfinite(value):
         raise ValueError("expected a finite number")
     return float(value)
 
 
-def _strict_literal(kind: Any, _: Converter) -> Any:
+def _strict_literal(kind: Any, _: Converter) -> Hook:
     choices = get_args(kind)
 
     def take(value: Any, _: Any) -> Any:
         for choice in choices:
-            if type(value) is type(choice) and value == choice:
+            if value == choice and type(value) is type(choice):
                 return choice
         raise ValueError(f"expected one of {', '.join(map(str, choices))}, got {str(value)[:40]!r}")
 
     return take
 
 
-def _strict_tuple(kind: Any, made: Converter) -> Any:
-    lenient = made.get_structure_hook(list[get_args(kind)[0]])
+def _strict_tuple(kind: Any, made: Converter) -> Hook:
+    item_kind = get_args(kind)[0]
+    item = made.get_structure_hook(item_kind)
 
     def take(value: Any, _: Any) -> Any:
-        if type(value) is not list:  # cattrs would take any iterable, a string too
-            raise TypeError(f"expected array, got {type(value).__name__}")
-        return tuple(lenient(value, list))
+        if type(value) is not list and type(value) is not tuple:  # cattrs would take any iterable, a string too
+            raise _unexpected("array", value)
+        return tuple([item(each, item_kind) for each in value])
 
     return take
 
 
-def _strict_dict(kind: Any, made: Converter) -> Any:
-    item, item_kind = made.get_structure_hook(get_args(kind)[1]), get_args(kind)[1]
+def _strict_dict(kind: Any, made: Converter) -> Hook:
+    item_kind = get_args(kind)[1]
+    item = made.get_structure_hook(item_kind)
 
     def take(value: Any, _: Any) -> Any:
         if type(value) is not dict:
-            raise TypeError(f"expected map, got {type(value).__name__}")
+            raise _unexpected("map", value)
         return {key: item(each, item_kind) for key, each in value.items()}
 
     return take
 
 
-def _strict_class(cls: type, made: Converter) -> Any:
-    lenient = made.gen_structure_attrs_fromdict(cls)
+def _strict_class(cls: type, made: Converter) -> Hook:
+    lenient: Hook = made.gen_structure_attrs_fromdict(cls)
 
     def take(value: Any, kind: Any) -> Any:
         if type(value) is not dict:
-            raise TypeError(f"expected map, got {type(value).__name__}")
+            raise _unexpected("map", value)
         return lenient(value, kind)
 
     return take
@@ -131,19 +160,42 @@ def from_plain(cls: type, plain: Any) -> Any:
     """
     try:
         return converter().structure(plain, cls)
-    except MalformedMessage:
-        raise
     except Exception as error:
-        # cattrs raises groups of whatever the hooks and the classes' own validators raise.
-        said = transform_error(error, path="$", format_exception=_explain)
-        reason, _, path = said[0].rpartition(" @ ")
+        # Hooks raise TypeError and ValueError, a missing key is a KeyError, and validators of a class may raise anything.
+        path, reason = _explain(cls, plain, "$") or ("$", str(error))
         raise MalformedMessage(reason, path=path) from error
 
 
-def _explain(error: BaseException, kind: type | None) -> str:
-    if isinstance(error, KeyError):
-        return "is missing"
-    return str(error) or type(error).__name__
+def _explain(kind: Any, value: Any, path: str) -> tuple[str, str] | None:
+    """Return path and reason of the first thing that is wrong; None when nothing is."""
+    try:
+        converter().structure(value, kind)
+    except Exception as error:  # noqa: BLE001 - as in from_plain; here it becomes a text
+        for inner_kind, inner, step in _parts(kind, value):
+            if inner is attrs.NOTHING:
+                return path + step, "is missing"
+            if found := _explain(inner_kind, inner, path + step):
+                return found
+        return path, str(error) or type(error).__name__
+    return None
+
+
+def _parts(kind: Any, value: Any) -> list[tuple[Any, Any, str]]:
+    """Return what a value consists of: kind, value (NOTHING where it must be and is not), step of the path."""
+    if isinstance(kind, UnionType):
+        kind = get_args(kind)[0]  # ours are all "something or None"
+    if type(value) is dict and attrs.has(kind):
+        attrs.resolve_types(kind)
+        return [
+            (field.type, value.get(field.name, attrs.NOTHING), f".{field.name}")
+            for field in attrs.fields(kind)
+            if field.name in value or field.default is attrs.NOTHING
+        ]
+    if type(value) is dict and get_origin(kind) is dict:
+        return [(get_args(kind)[1], each, f"[{key[:40]!r}]") for key, each in value.items()]
+    if type(value) in (list, tuple) and get_origin(kind) is tuple:
+        return [(get_args(kind)[0], each, f"[{i}]") for i, each in enumerate(value)]
+    return []
 
 
 def to_plain(value: Any) -> Any:
@@ -155,8 +207,17 @@ def to_plain(value: Any) -> Any:
 
 
 def encode(message: Any) -> bytes:
-    """Return the msgpack body of a message."""
-    body: bytes = msgpack.packb(to_plain(message))
+    """Return the msgpack body of a message.
+
+    Half a surrogate pair (a file name that is not UTF-8, read by Python) becomes a question mark: it cannot travel.
+
+    Raises:
+        MalformedMessage: a number in it has more than 64 bits.
+    """
+    try:
+        body: bytes = msgpack.packb(to_plain(message), unicode_errors="replace")
+    except OverflowError as error:
+        raise MalformedMessage("a number has more than 64 bits") from error
     return body
 
 
@@ -260,10 +321,17 @@ def seal(
     sent_s: float | None = None,
     deadline_s: float | None = None,
     epoch: int = 0,
+    answers: str = "",
     message_id: str = "",
     traceparent: str = "",
 ) -> Frame:
-    """Return the frame that carries a message; its headers are text, so that a plain `nats sub` can be read."""
+    """Return the frame that carries a message; its headers are text, so that a plain `nats sub` can be read.
+
+    Raises:
+        MalformedMessage: it cannot be said like this: `op` is not letters, digits, `-` and `_`, or see encode.
+    """
+    if not _OP.fullmatch(op):
+        raise MalformedMessage(f"{op[:80]!r} is no operation's id")
     entry = declared(type(message))
     headers = {
         "Mcp-Kind": f"{entry.kind}/{entry.version}",
@@ -272,6 +340,7 @@ def seal(
         "Mcp-Sent": "" if sent_s is None else f"{sent_s:.6f}",
         "Mcp-Deadline": "" if deadline_s is None else f"{deadline_s:.6f}",
         "Mcp-Epoch": str(epoch) if epoch else "",
+        "Mcp-Answers": answers,
         "Nats-Msg-Id": message_id,
         "Traceparent": traceparent,
         "Content-Type": "application/msgpack",
@@ -290,26 +359,40 @@ def open_frame(frame: Frame) -> Letter:
     Raises:
         MalformedMessage: its headers or its body are not what they should be.
     """
-    kind, _, version = frame.headers.get("Mcp-Kind", "").partition("/")
-    if not version.isdigit():
-        raise MalformedMessage("has no Mcp-Kind header like heartbeat/1")
-    part = frame.headers.get("Mcp-Frame", "")
-    if part not in ("", "accepted", "progress", "final", "error"):
-        raise MalformedMessage(f"unknown frame {part[:20]!r}")
-    message = decode(kind, frame.body)
-    if int(version) > CATALOGUE[kind].version:
-        raise MalformedMessage(f"{kind}/{version[:6]} is newer than ours ({CATALOGUE[kind].version})")
+    said = frame.headers
+    kind = _kind(said.get("Mcp-Kind", ""))
+    part = _FRAME_KINDS.get(said.get("Mcp-Frame", ""))
+    if part is None:
+        raise MalformedMessage(f"unknown frame {said['Mcp-Frame'][:20]!r}")
+    op = said.get("Mcp-Op", "")
+    if not _OP.fullmatch(op):
+        raise MalformedMessage("header Mcp-Op is no operation's id")
     return Letter(
-        message=message,
+        message=decode(kind, frame.body),
         kind=kind,
         subject=frame.subject,
         reply=frame.reply,
-        op=frame.headers.get("Mcp-Op", "")[:64],
-        frame=part,  # type: ignore[arg-type]
-        sent_s=_time(frame.headers, "Mcp-Sent"),
-        deadline_s=_time(frame.headers, "Mcp-Deadline"),
-        epoch=_whole(frame.headers, "Mcp-Epoch"),
+        op=op,
+        frame=part,
+        sent_s=_time(said, "Mcp-Sent"),
+        deadline_s=_time(said, "Mcp-Deadline"),
+        epoch=_whole(said, "Mcp-Epoch"),
+        answers=said.get("Mcp-Answers", ""),
+        traceparent=said.get("Traceparent", ""),
     )
+
+
+def _kind(header: str) -> str:
+    """Read "heartbeat/1"; a newer version than ours may mean something else, so it is not read at all."""
+    found = _KIND.fullmatch(header)
+    if found is None:
+        raise MalformedMessage("has no Mcp-Kind header like heartbeat/1")
+    kind, version = found[1], int(found[2])
+    if kind not in CATALOGUE:
+        raise MalformedMessage(f"unknown kind {kind!r}")
+    if version > CATALOGUE[kind].version:
+        raise MalformedMessage(f"{kind}/{version} is newer than ours ({CATALOGUE[kind].version})")
+    return kind
 
 
 def _time(headers: Mapping[str, str], name: str) -> float | None:
