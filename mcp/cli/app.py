@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -148,6 +147,8 @@ class Root(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load a command."""
+        import importlib
+
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"mcp.cli.{COMMANDS[cmd_name][0]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -102,10 +101,14 @@ class Output:
 
     def result(self, plain: Any) -> None:
         """Print a result for scripts."""
+        import json
+
         _write(sys.stdout, json.dumps(plain, ensure_ascii=True, indent=2) + "\n")
 
     def row(self, plain: Any) -> None:
         """Print one of many results for scripts, on a line of its own."""
+        import json
+
         _write(sys.stdout, json.dumps(plain, ensure_ascii=True) + "\n")
 
     def say(self, text: str = "", *styles: str) -> None:

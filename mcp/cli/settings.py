@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path  # loading it takes 10 ms, and `mcp --help` needs none
 
 
 class Settings:
@@ -21,6 +24,8 @@ class Settings:
     @property
     def config_file(self) -> Path:
         """The operator's own file."""
+        from pathlib import Path
+
         if self.config:
             return Path(self.config)
         return config_folder() / "mcp.toml"
@@ -28,6 +33,8 @@ class Settings:
 
 def config_folder() -> Path:
     """Return ~/.config/mcp, or where XDG_CONFIG_HOME says."""
+    from pathlib import Path
+
     base = os.environ.get("XDG_CONFIG_HOME", "")
     if not base.startswith("/"):
         base = str(Path("~/.config").expanduser())
@@ -36,4 +43,6 @@ def config_folder() -> Path:
 
 def home_folder() -> Path:
     """Return where everything of a node lies: MCP_HOME, else /srv/mcp."""
+    from pathlib import Path
+
     return Path(os.environ.get("MCP_HOME") or "/srv/mcp")
