@@ -210,13 +210,13 @@ class World:
         transport = self.broker.connect("agent", NODE)
         mortal = Mortal(self.engine, death)
         node = NodeState(
-            records=Mortal(self.records, death),  # type: ignore[arg-type]
+            records=Mortal(self.records, death),
             host=self.host,
             clock=self.clock,
-            checks=Mortal(self.checks, death),  # type: ignore[arg-type]
+            checks=Mortal(self.checks, death),
             defaults=ContainerDefaults(node=NODE),
             spec_to_text=spec_to_text,
-            engine=(mortal, mortal, mortal) if self._has_engine else None,  # type: ignore[arg-type]
+            engine=(mortal, mortal, mortal) if self._has_engine else None,
             port_range=(20_000, 20_999),
             own_paths=("/srv/mcp",),
         )

@@ -644,8 +644,15 @@ class WorkloadActor(Actor):
             self.tell(self.owed)
 
     async def _look(self) -> None:
-        """Ask the engine what is there."""
-        self.see(await self._node.engine.containers.list(self.service))
+        """Ask the engine what is there; asking changes nothing, so an answer that was lost is asked for again."""
+        for turn in range(ROUNDS):
+            try:
+                return self.see(await self._node.engine.containers.list(self.service))
+            except AdapterError as error:
+                self._node.engine.doubt(error)
+                if error.code != "engine_down" or turn == ROUNDS - 1:
+                    raise
+            await self._node.clock.sleep(ROUND_PAUSE_S * 2**turn)
 
     async def _see_once(self) -> None:
         """Ask the engine, unless its events have kept us up to date."""
