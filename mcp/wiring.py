@@ -253,6 +253,7 @@ async def _engine(config: AgentConfig) -> AsyncIterator[Any]:
         registries=read_passwords(config.registries),
         request_timeout_s=config.request_timeout_s,
         node=config.name if config.is_shared else "",
+        arch=config.arch,
     )
     try:
         yield engine, engine, engine

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import aiodocker
@@ -64,7 +65,8 @@ class DockerEngine:
     """Implements Images, Containers and ContainerOutput (mcp/model/ports.py) on one engine.
 
     `registries` has user and password by registry, as it is written in image names ("registry.example:8443"). With `node`
-    only that node's containers are looked at: several agents then share one engine, as in the demo.
+    only that node's containers are looked at: several agents then share one engine, as in the demo. With `arch` images are
+    wanted for that architecture, whatever the engine would take by itself; one that is here for another does not count.
     """
 
     def __init__(
@@ -76,13 +78,16 @@ class DockerEngine:
         start_timeout_s: float = START_TIMEOUT_S,
         pull_silence_s: float = PULL_SILENCE_S,
         node: str = "",
+        arch: str = "",
     ) -> None:
+        self._arch = arch
         self._registries = dict(registries or {})
         secrets = [password for _, password in self._registries.values()]
         self._client = EngineClient(url, request_timeout_s, secrets)
         self._start_timeout_s = start_timeout_s
         self._pull_silence_s = pull_silence_s
         self._networks: set[str] = set()
+        self._making_networks = asyncio.Lock()
         self._node = node
         self._mine = [f"{OWNER_LABEL}={OWNER}", *([f"{NODE_LABEL}={node}"] if node else [])]
 
@@ -96,9 +101,14 @@ class DockerEngine:
         """Say for which platforms an image exists, without pulling (see Images)."""
         try:
             shown = await self._image(image)
-            return local_image(image, shown) if shown is not None else await self._remote_image(image)
+            if shown is not None and self._suits(shown):
+                return local_image(image, shown)
+            return await self._remote_image(image)
         except AdapterError as error:
             return ImageFacts(image=image, error=error.reason)
+
+    def _suits(self, shown: Mapping[str, Any]) -> bool:
+        return not self._arch or shown.get("Architecture") in ("", None, self._arch)
 
     async def _image(self, image: str) -> dict[str, Any] | None:
         async with self._client.call(f"look at image {image}") as docker:
@@ -121,7 +131,8 @@ class DockerEngine:
 
     async def pull(self, image: str, on_progress: Progress) -> bool:
         """Fetch an image unless it is there (see Images)."""
-        if await self._image(image) is not None:
+        shown = await self._image(image)
+        if shown is not None and self._suits(shown):
             return False
         what, progress, said_s = f"pull {image}", PullProgress(), 0.0
         # Not the library's own pull: when the engine dies in the middle, that one ends as if all were well.
@@ -129,7 +140,7 @@ class DockerEngine:
             what,
             "images/create",
             method="POST",
-            params={"fromImage": image},
+            params={"fromImage": image, **({"platform": f"linux/{self._arch}"} if self._arch else {})},
             headers=registry_headers(image, self._registries),
             silence_s=self._pull_silence_s,
             registry=True,
@@ -314,15 +325,20 @@ class DockerEngine:
         """Make the network of our containers where it is missing; looked up once."""
         if name in self._networks or name in _NOT_OURS_TO_MAKE or name.startswith("container:"):
             return
-        async with self._client.call(f"make network {name}", self._start_timeout_s) as docker:
-            found = await docker.networks.list(filters={"name": [name]})  # by substring
-            if all(each["Name"] != name for each in found):
+        async with self._making_networks, self._client.call(f"make network {name}", self._start_timeout_s) as docker:
+            if name in self._networks:
+                return
+            if not await _networks_called(docker, name):
                 config = {"Name": name, "Driver": "bridge", "CheckDuplicate": True, "Labels": {OWNER_LABEL: OWNER}}
                 try:
                     await docker.networks.create(config)
                 except aiodocker.DockerError as error:
                     if error.status != 409:  # somebody else was quicker
                         raise
+            # Two that ask at the same moment both get one, and then no container can tell them apart.
+            for spare in (await _networks_called(docker, name))[1:]:
+                with suppress(aiodocker.DockerError):  # the other one removes the same
+                    await (await docker.networks.get(spare)).delete()
         self._networks.add(name)
 
     # ------------------------------------------------------------------- output
@@ -418,3 +434,10 @@ class DockerEngine:
                 ) from error
             code = (await run.inspect()).get("ExitCode")
         return (-1 if code is None else int(code)), said.decode(errors="replace")
+
+
+async def _networks_called(docker: aiodocker.Docker, name: str) -> Sequence[str]:
+    """Return the ids of the networks of that name, the oldest first."""
+    found = await docker.networks.list(filters={"name": [name]})  # by substring
+    same = [each for each in found if each["Name"] == name]
+    return [each["Id"] for each in sorted(same, key=lambda each: (each["Created"], each["Id"]))]
