@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
@@ -80,6 +81,7 @@ class EngineClient:
             async with asyncio.timeout(limit_s) as deadline:
                 watch = asyncio.create_task(self._watch(session, what, deadline, tripped)) if is_long else None
                 try:
+                    await _agree_on_version(session.docker)
                     yield session.docker
                 finally:
                     if watch is not None:
@@ -215,3 +217,19 @@ class EngineClient:
         docker = aiodocker.Docker(url="unix://localhost", connector=connector, session=session, timeout=limits)
         docker._connection_info = self._url  # noqa: SLF001 - what its errors name
         return docker
+
+
+async def _agree_on_version(docker: aiodocker.Docker) -> None:
+    """Ask for the API version before a client's first call, as the library would, but doubt the answer.
+
+    Raises:
+        ValueError: what answers is no engine.
+    """
+    if docker.api_version != "auto":
+        return
+    response = await docker._do_query("version", "GET", versioned_api=False)  # noqa: SLF001 - see above
+    said = json.loads(await response.read())
+    version = said.get("ApiVersion") if isinstance(said, dict) else None
+    if not isinstance(version, str):
+        raise ValueError("no API version")  # noqa: TRY004 - to the caller it is a bad answer like any other
+    docker.api_version = f"v{version}"

@@ -44,7 +44,7 @@ _OF_CONTAINERS: _Rules = (
     ("removal of container .* is already in progress|marked for removal", "removal_in_progress", True, ""),
     ("no such container", "container_missing", False, ""),
     ("no such image", "image_missing", True, "It was removed after it was pulled: deploy again."),
-    ("network .* not found", "network_missing", True, ""),
+    ("network .* (not found|is ambiguous)", "network_missing", True, ""),
     ("port is already allocated|address already in use", "port_in_use", False,
      "`ss -ltnp` on the node shows who listens there."),
     ("cannot assign requested address", "address_missing", True, "The node has not this address (yet): is the mesh up?"),

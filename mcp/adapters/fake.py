@@ -151,7 +151,7 @@ class FakeHealthChecks:
         self._clock = clock
         self._engine = engine
 
-    async def check(self, health: HealthSpec, address: str, port: int, *, speaks_http: bool) -> str:  # noqa: ARG002
+    async def check(self, health: HealthSpec, address: str, port: int, *, speaks_http: bool) -> str:
         """Return "" when healthy, else what was seen."""
         listener = self.listeners.get((address, port))
         if listener is None and self._engine is not None:

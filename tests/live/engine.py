@@ -72,7 +72,7 @@ def _path() -> str:
 
 
 def _spawn(cmd: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a daemon that ends with us, however we end, and does not hear our terminal."""
+    """Start a daemon that ends with the thread that starts it, however that ends, and does not hear our terminal."""
     env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     with log.open("ab") as out:
         return subprocess.Popen(
@@ -169,6 +169,14 @@ class PrivateEngine:
         """Let it go on."""
         assert self._daemon is not None
         self._daemon.send_signal(signal.SIGCONT)
+
+    def repair(self) -> None:
+        """Make it run again, whatever was done to it."""
+        if self._daemon is not None and self._daemon.poll() is None:
+            self.thaw()
+            wait_until("a thawed dockerd", self.answers)
+        else:
+            self.start()
 
     def docker(self, *args: str) -> str:
         """Return what the docker command says: the tests' own view, independent of our adapter."""
