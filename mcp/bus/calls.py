@@ -6,16 +6,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+import attrs
 
 from mcp.bus.codec import Letter, open_frame
 from mcp.bus.transport import Frame, Transport
 from mcp.model.errors import MalformedMessage, McpError, NoAnswer, NobodyListens, NotPermitted, Refused
 from mcp.model.messages import Failed
 
+log = logging.getLogger(__name__)
+
 OnLetter = Callable[[Letter], None]
+"""Called with each frame before the final one, in order; it only enqueues and never raises."""
 
 QUEUE_LIMIT = 1000
 """Frames waiting for a caller that is busy; a flood of progress beyond it is dropped, never a final frame."""
@@ -29,14 +35,19 @@ class CallFailed(Refused):
         self.failed = failed
 
 
+@attrs.frozen(eq=False)
+class _Call:
+    subject: str
+    queue: asyncio.Queue[Letter | McpError]
+
+
 class Calls:
     """Every call that is open on one connection."""
 
     def __init__(self) -> None:
-        self._open: dict[str, asyncio.Queue[Letter | McpError]] = {}
-        self._asked: dict[str, str] = {}
+        self._open: dict[str, _Call] = {}
         self.strays: Counter[str] = Counter()
-        """Frames that nobody waited for, by why: late or foreign ones, and malformed ones."""
+        """Frames that no call could use, by why: "late or foreign", "malformed", "too many progress frames"."""
 
     async def call(
         self,
@@ -45,6 +56,7 @@ class Calls:
         *,
         timeout_s: float,
         idle_s: float,
+        expects: type | None = None,
         on_frame: OnLetter | None = None,
     ) -> Any:
         """Send a request and return the message of its final frame.
@@ -54,86 +66,116 @@ class Calls:
         Raises:
             NobodyListens: nothing was done.
             BusUnreachable: not connected; nothing was sent.
+            MalformedMessage: too large for the bus; nothing was sent.
             NotPermitted: the bus refused it; nothing was sent.
             CallFailed: the other side said no, or failed.
-            NoAnswer: silence, or the bus was lost in the middle: it may have been done.
+            NoAnswer: silence, or the bus was lost in the middle, or the answer is none of those that `expects` names: it may
+                have been done.
         """
-        queue: asyncio.Queue[Letter | McpError] = asyncio.Queue(QUEUE_LIMIT)
-        self._open[frame.reply] = queue
-        self._asked[frame.reply] = frame.subject
-        try:
-            await transport.publish(frame)
-            return await self._collect(queue, frame, timeout_s=timeout_s, idle_s=idle_s, on_frame=on_frame)
-        finally:
-            del self._open[frame.reply]
-            del self._asked[frame.reply]
+        letter = await self.ask(
+            transport, frame, timeout_s=timeout_s, idle_s=idle_s, expects=expects, on_frame=on_frame
+        )
+        return letter.message
 
-    async def _collect(
+    async def ask(
         self,
-        queue: asyncio.Queue[Letter | McpError],
+        transport: Transport,
         frame: Frame,
         *,
         timeout_s: float,
         idle_s: float,
-        on_frame: OnLetter | None,
-    ) -> Any:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
+        expects: type | None = None,
+        on_frame: OnLetter | None = None,
+    ) -> Letter:
+        """Do as `call` does, and return the whole final letter."""
+        call = self._open[frame.reply] = _Call(frame.subject, asyncio.Queue(QUEUE_LIMIT))
+        try:
+            await transport.publish(frame)
+            letter = await self._final(call, timeout_s, idle_s, on_frame)
+        finally:
+            del self._open[frame.reply]
+        if expects and not isinstance(letter.message, expects):
+            raise NoAnswer(
+                f"{frame.subject} was answered with a {letter.kind}, which is no answer: it may have been done"
+            )
+        return letter
+
+    async def _final(self, call: _Call, timeout_s: float, idle_s: float, on_frame: OnLetter | None) -> Letter:
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         while True:
-            wait_s = min(idle_s, deadline - loop.time())
-            try:
-                async with asyncio.timeout(max(wait_s, 0)):
-                    got = await queue.get()
-            except TimeoutError:
-                limit = f"{idle_s:g} s of silence" if wait_s >= idle_s else f"{timeout_s:g} s"
-                raise NoAnswer(f"no answer to {frame.subject} after {limit}: it may have been done") from None
+            got = await self._next(call, deadline_s, timeout_s, idle_s)
             if isinstance(got, McpError):
                 raise got
-            if got.frame == "error":
-                failed = got.message
-                raise CallFailed(failed if isinstance(failed, Failed) else Failed(code="internal", reason=str(failed)))
-            if got.frame in ("accepted", "progress"):
-                if on_frame:
+            match got.frame:
+                case "final":
+                    return got
+                case "error":
+                    raise CallFailed(_failed(got.message))
+                case _ if on_frame:
                     on_frame(got)
-                continue
-            return got.message
+
+    async def _next(self, call: _Call, deadline_s: float, timeout_s: float, idle_s: float) -> Letter | McpError:
+        left_s = deadline_s - asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(max(0.0, min(idle_s, left_s))):
+                return await call.queue.get()
+        except TimeoutError:
+            limit = f"{idle_s:g} s of silence" if idle_s <= left_s else f"{timeout_s:g} s"
+            raise NoAnswer(f"no answer to {call.subject} after {limit}: it may have been done") from None
+
+    # ------------------------------------------------------------- what comes in
 
     def deliver(self, frame: Frame) -> bool:
         """Hand a frame to the call it belongs to; False when nobody waits for it."""
-        queue = self._open.get(frame.subject)
-        if queue is None:
+        call = self._open.get(frame.subject)
+        if call is None:
             self.strays["late or foreign"] += 1
+            log.debug("a frame on %r that nobody waits for", frame.subject)
             return False
         if frame.status == "503":
-            self._put(queue, NobodyListens(f"nobody listens on {self._asked[frame.subject]}: nothing was done"))
+            self._put(call, NobodyListens(f"nobody listens on {call.subject}: nothing was done"))
             return True
         try:
-            letter = open_frame(frame)
+            letter = _answer_in(frame)
         except MalformedMessage as error:
             # A rubbish frame is no answer: the call goes on, and ends by its own limits.
-            self.strays[f"malformed: {error.reason}"] += 1
+            self.strays["malformed"] += 1
+            log.debug("a frame on %r is no answer: %s", frame.subject, error.reason)
             return True
-        self._put(queue, letter)
+        self._put(call, letter)
         return True
 
     def lost(self) -> None:
         """The bus is gone: every call that is open fails at once, its outcome unknown."""
-        for reply, queue in self._open.items():
-            self._put(queue, NoAnswer(f"the bus was lost while waiting for {self._asked[reply]}: it may have been done"))
+        for call in self._open.values():
+            self._put(call, NoAnswer(f"the bus was lost while waiting for {call.subject}: it may have been done"))
 
     def denied(self, subject: str) -> None:
         """The bus refused a publish: the calls that asked there fail."""
-        for reply, queue in self._open.items():
-            if self._asked[reply] == subject:
-                self._put(queue, NotPermitted(f"the bus does not permit {subject}: nothing was sent", subject=subject))
+        for call in self._open.values():
+            if call.subject.lower() == subject.lower():
+                reason = f"the bus does not permit {call.subject}: nothing was sent"
+                self._put(call, NotPermitted(reason, subject=call.subject))
 
-    def _put(self, queue: asyncio.Queue[Letter | McpError], got: Letter | McpError) -> None:
-        if queue.full():
+    def _put(self, call: _Call, got: Letter | McpError) -> None:
+        if call.queue.full():
             if isinstance(got, Letter) and got.frame in ("accepted", "progress"):
                 self.strays["too many progress frames"] += 1
                 return
-            queue.get_nowait()
-        queue.put_nowait(got)
+            call.queue.get_nowait()
+        call.queue.put_nowait(got)
 
 
+def _answer_in(frame: Frame) -> Letter:
+    letter = open_frame(frame)
+    if not letter.frame:
+        raise MalformedMessage("has no Mcp-Frame header")
+    return letter
 
+
+def _failed(message: Any) -> Failed:
+    if isinstance(message, Failed):
+        return message
+    return Failed(
+        code="internal", reason=f"the other side failed and sent a {type(message).__name__} instead of a reason"
+    )

@@ -6,7 +6,6 @@ the monotonic seconds since. An agent learns the offset to its own monotonic clo
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections import Counter, deque
@@ -19,9 +18,10 @@ import attrs
 from mcp.bus import subjects
 from mcp.bus.calls import CallFailed, Calls, OnLetter
 from mcp.bus.codec import FrameKind, Letter, open_frame, seal
+from mcp.bus.link_parts import Drops, MasterClock, MasterTime, Tasks
 from mcp.bus.transport import Frame, LinkState, Subscription, Transport
-from mcp.model.catalogue import Lane, declared
-from mcp.model.errors import BusError, BusUnreachable, MalformedMessage, McpError
+from mcp.model.catalogue import Declared, Lane, declared
+from mcp.model.errors import BusError, BusUnreachable, MalformedMessage
 from mcp.model.messages import Failed, Join, Joined, LogLines, Register, Registered
 from mcp.model.ports import Clock
 
@@ -35,19 +35,11 @@ FLOOD_BURST = 200
 
 FLOOD_REST_S = 5.0
 
+CLOSE_WITHIN_S = 1.0
+
+REFUSALS_KEPT = 64
+
 _SERIALS = 1_000_000
-
-
-class MasterClock:
-    """Seconds since 1970 that never step: what Mcp-Sent and Mcp-Deadline are measured in."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._offset_s = clock.wall_s() - clock.monotonic_s()
-
-    def now_s(self) -> float:
-        """Return the master's time."""
-        return self._clock.monotonic_s() + self._offset_s
 
 
 def _ignored(*_: Any) -> None:
@@ -88,16 +80,28 @@ class Order:
 
     async def failed(self, failed: Failed) -> None:
         """Say that it failed, and why."""
+        if failed.code == "expired" and not self._is_over:
+            self._link.note_expired(self._reply)
         await self._end("error", failed)
 
     async def _end(self, frame: FrameKind, message: Any) -> None:
-        if not self._is_over:
-            self._is_over = True
+        if self._is_over:
+            return
+        self._is_over = True
+        try:
             await self._say(frame, message)
+        except MalformedMessage as error:
+            await self._say("error", _too_large(self.kind, error))
 
     async def _say(self, frame: FrameKind, message: Any) -> None:
         with suppress(BusError):  # what was done is in the records; the master asks again
             await self._link.transport.publish(seal(self._reply, message, op=self.op, frame=frame))
+
+
+def _too_large(kind: str, error: MalformedMessage) -> Failed:
+    return Failed(
+        code="too_large", reason=f"the answer to {kind} cannot be sent, what it tells has happened: {error.reason}"
+    )
 
 
 class AgentLink:
@@ -107,8 +111,6 @@ class AgentLink:
         self.transport = transport
         self.node = node
         self.clock = clock
-        self.dropped: Counter[str] = Counter()
-        """Orders that were not carried out, by why."""
         self.on_back: Callable[[], None] = _ignored
         """Called when the bus is back after it was lost."""
         self.on_closed: Callable[[], None] = _ignored
@@ -116,11 +118,23 @@ class AgentLink:
         self.epoch = 0
         """The highest epoch heard or remembered: set it from the records before `start`."""
         self._calls = Calls()
-        self._offset_s: float | None = None
-        self._offset_epoch = 0
+        self._drops = Drops("order", clock)
+        self._tasks = Tasks()
+        self._time = MasterTime()
+        self._expired: dict[str, float] = {}
         self._serial = 0
         self._on_order: Callable[[Order], None] = _ignored
         self._was_lost = False
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Orders that were not carried out, by why: "malformed", "out of place", "no reply lane", "stale epoch", "expired"."""
+        return self._drops.counts
+
+    @property
+    def strays(self) -> Counter[str]:
+        """Answers that nobody waited for (see Calls)."""
+        return self._calls.strays
 
     async def start(self, on_order: Callable[[Order], None]) -> None:
         """Hear orders from now on; `on_order` only enqueues.
@@ -132,7 +146,7 @@ class AgentLink:
         self.transport.on_state = self._on_state
         self.transport.on_denied = lambda verb, subject: self._calls.denied(subject)
         await self.transport.subscribe(subjects.work_pattern(self.node), self._hear)
-        await self.transport.subscribe(f"sealed.work.{self.node}.>", self._hear)
+        await self.transport.subscribe(subjects.work_pattern(self.node, is_sealed=True), self._hear)
         await self.transport.subscribe(f"{subjects.inbox('agent', self.node)}>", self._calls.deliver)
 
     async def register(self, message: Register, *, timeout_s: float) -> Registered:
@@ -144,10 +158,12 @@ class AgentLink:
         self._serial += 1
         reply = f"{subjects.inbox('agent', self.node)}register-{self._serial}"
         frame = seal(subjects.register(self.node), message, reply=reply)
-        answer = await self._calls.call(self.transport, frame, timeout_s=timeout_s, idle_s=timeout_s)
-        if not isinstance(answer, Registered):
-            raise MalformedMessage(f"expected registered, got {type(answer).__name__}")
+        asked_s = self.clock.monotonic_s()
+        letter = await self._calls.ask(self.transport, frame, timeout_s=timeout_s, idle_s=timeout_s, expects=Registered)
+        answer: Registered = letter.message
         self.epoch = max(self.epoch, answer.epoch)
+        if letter.sent_s is not None and answer.epoch == self.epoch:
+            self._time.learn(letter.sent_s, answer.epoch, self.clock.monotonic_s(), asked_s)
         return answer
 
     async def heartbeat(self, message: Any) -> None:
@@ -188,56 +204,63 @@ class AgentLink:
             self._was_lost = False
             self.on_back()
 
+    async def close(self) -> None:
+        """Say what is still to be said; the connection stays."""
+        await self._tasks.end(CLOSE_WITHIN_S)
+
+    def note_expired(self, reply: str) -> None:
+        """Remember that an order was refused as expired: should the master know better, it says what it answers."""
+        self._expired[reply] = self.clock.monotonic_s()
+        while len(self._expired) > REFUSALS_KEPT:
+            del self._expired[next(iter(self._expired))]
+
     def _hear(self, frame: Frame) -> None:
         try:
             letter = open_frame(frame)
         except MalformedMessage as error:
-            self._drop(f"malformed: {error.reason}")
+            self._drops.add("malformed", error.reason)
             return
-        if not letter.reply.startswith(f"mcp.node.{self.node}.reply."):
+        kind = declared(type(letter.message))
+        if kind.lane is not Lane.WORK or not _is_about(kind, letter.subject):
+            self._drops.add("out of place", f"{letter.kind} on {letter.subject!r}")
+            return
+        if not letter.reply.startswith(subjects.reply(self.node, "")) or not subjects.is_subject(letter.reply):
             # The master asks for answers on this node's own reply lane, and we may publish nowhere else.
-            self._drop("no reply lane")
+            self._drops.add("no reply lane", f"{letter.kind} wants its answer on {letter.reply!r}")
             return
-        order = Order(self, letter, self._own_deadline(letter))
+        self._judge(letter)
+
+    def _judge(self, letter: Letter) -> None:
+        """Refuse what comes from a deposed master or too late; the rest is for the agent."""
         if letter.epoch < self.epoch:
-            self._drop("stale epoch")
-            self._refuse(order, "stale_epoch", f"{self.node} obeys a newer master (epoch {self.epoch}, this one is {letter.epoch})")
+            self._drops.add("stale epoch", f"{letter.kind} of epoch {letter.epoch}, ours is {self.epoch}")
+            order = Order(self, letter, None)
+            reason = f"{self.node} obeys a newer master (epoch {self.epoch}, this one is {letter.epoch})"
+            self._tasks.start(order.failed(Failed(code="stale_epoch", reason=reason)))
             return
         self.epoch = letter.epoch
+        if letter.sent_s is not None:
+            asked_s = self._expired.pop(letter.answers, None)
+            self._time.learn(letter.sent_s, letter.epoch, self.clock.monotonic_s(), asked_s)
+        order = Order(self, letter, self._time.here(letter.deadline_s))
         if order.is_expired:
-            self._drop("expired")
-            self._refuse(order, "expired", f"{letter.kind} came to {self.node} after its deadline: nothing was done")
+            self._drops.add("expired", letter.kind)
+            reason = f"{letter.kind} came to {self.node} after its deadline: nothing was done"
+            self._tasks.start(order.failed(Failed(code="expired", reason=reason)))
             return
         self._on_order(order)
 
-    def _own_deadline(self, letter: Letter) -> float | None:
-        """Translate a deadline into this agent's monotonic clock.
 
-        The smallest difference ever seen between an order's time of sending and its arrival is the offset of the clocks
-        plus the shortest way; what lies above it was under way (or unread here) for that long. So a clock that steps on
-        this node changes nothing, and what a frozen agent reads late counts as late.
-        """
-        if letter.sent_s is None:
-            return None
-        seen_s = self.clock.monotonic_s() - letter.sent_s
-        if self._offset_s is None or letter.epoch != self._offset_epoch:
-            self._offset_s, self._offset_epoch = seen_s, letter.epoch
-        self._offset_s = min(self._offset_s, seen_s)
-        return None if letter.deadline_s is None else letter.deadline_s + self._offset_s
-
-    def _drop(self, why: str) -> None:
-        self.dropped[why] += 1
-        if self.dropped[why] in (1, 10, 100) or self.dropped[why] % 1000 == 0:
-            log.warning("order dropped: %s (%d so far)", why, self.dropped[why])
-
-    def _refuse(self, order: Order, code: str, reason: str) -> None:
-        task = asyncio.ensure_future(order.failed(Failed(code=code, reason=reason)))
-        _KEPT.add(task)
-        task.add_done_callback(_KEPT.discard)
+def _refuse_out_of_place(letter: Letter, lane: Lane) -> None:
+    """Refuse a command that is not what its subject says: a viewer may publish on mcp.cmd.<viewer>.get_status only."""
+    kind = declared(type(letter.message))
+    if kind.lane is not lane or (lane is Lane.COMMAND and not _is_about(kind, letter.subject)):
+        raise MalformedMessage(f"{letter.kind} does not belong on {letter.subject}")
 
 
-_KEPT: set[asyncio.Future[Any]] = set()
-"""The loop keeps only weak references to its tasks."""
+def _is_about(kind: Declared, subject: str) -> bool:
+    """Say whether a message is what its subject says: permissions are about subjects, not about bodies."""
+    return subject.rpartition(".")[2] == kind.kind
 
 
 # ----------------------------------------------------------------------- master
@@ -274,12 +297,15 @@ class Request:
         await self._end("error", failed)
 
     async def _end(self, frame: FrameKind, message: Any) -> None:
-        await self._say(frame, message)
+        try:
+            await self._say(frame, message)
+        except MalformedMessage as error:
+            await self._say("error", _too_large(self.kind, error))
         self.is_open = False
 
     async def _say(self, frame: FrameKind, message: Any) -> None:
         if self.is_open:
-            await self._link.answering.publish(seal(self._reply, message, op=self.op, frame=frame))
+            await self._link.answer(self._reply, message, op=self.op, frame=frame)
 
 
 @attrs.frozen(kw_only=True)
@@ -311,7 +337,10 @@ class MasterLink:
         self.on_flood: Callable[[str, bool], None] = _ignored
         """Called with a node and whether it floods (True) or may speak again (False)."""
         self.on_bus_back: Callable[[], None] = _ignored
-        self.dropped: Counter[str] = Counter()
+        self.on_closed: Callable[[], None] = _ignored
+        """Called when the bus will not have one of the two connections any more."""
+        self._drops = Drops("message", clock)
+        self._tasks = Tasks()
         self._clock = clock
         self._time = MasterClock(clock)
         self._flood_limit = flood_limit
@@ -322,6 +351,16 @@ class MasterLink:
         self._on_command: Callable[[Request], None] = _ignored
         self._on_join: Callable[[Request], None] = _ignored
 
+    @property
+    def dropped(self) -> Counter[str]:
+        """What was not let through, by why and whose: "malformed from orion", "out of place from kyle"."""
+        return self._drops.counts
+
+    @property
+    def strays(self) -> Counter[str]:
+        """Answers that nobody waited for (see Calls)."""
+        return self._calls.strays
+
     async def start(self, on_command: Callable[[Request], None], on_join: Callable[[Request], None]) -> None:
         """Hear operators and newcomers.
 
@@ -330,16 +369,26 @@ class MasterLink:
         """
         self._on_command, self._on_join = on_command, on_join
         self.hearing.on_state = self._on_state
+        self.answering.on_state = self._on_answering
         self.hearing.on_denied = lambda verb, subject: self._calls.denied(subject)
         await self.hearing.subscribe("mcp.cmd.>", self._hear_command)
         await self.hearing.subscribe("sealed.cmd.>", self._hear_command)
         await self.hearing.subscribe("mcp.join.*", self._hear_join)
 
     async def watch(self, node: str, on_report: Callable[[Report | Request], None]) -> None:
-        """Hear one enrolled node; watched already is fine."""
-        if node not in self._nodes:
-            watched = self._nodes[node] = _Watched(None, on_report)
+        """Hear one enrolled node; watched already is fine.
+
+        Raises:
+            BusUnreachable: not connected; it is not watched.
+        """
+        if node in self._nodes:
+            return
+        watched = self._nodes[node] = _Watched(None, on_report)
+        try:
             await self._subscribe(node, watched)
+        except BusUnreachable:
+            del self._nodes[node]
+            raise
 
     async def unwatch(self, node: str) -> None:
         """Hear a node no more."""
@@ -356,22 +405,52 @@ class MasterLink:
         timeout_s: float,
         idle_s: float,
         on_progress: Callable[[Any], None] | None = None,
+        is_sealed: bool = False,
     ) -> Any:
-        """Give an agent an order and return the message of its final frame (see Calls.call for what is raised)."""
-        self._serial += 1
-        entry = declared(type(message))
-        sent_s = self._time.now_s()
-        frame = seal(
-            subjects.work(node, entry.kind),
-            message,
-            op=op,
-            reply=subjects.reply(node, f"{op}-{self.epoch % 100_000}-{self._serial}"),
-            sent_s=sent_s,
-            deadline_s=sent_s + timeout_s,
-            epoch=self.epoch,
-        )
+        """Give an agent an order and return the message of its final frame (see Calls.call for what is raised).
+
+        `is_sealed`: the body carries a secret, so it travels outside `mcp.>`, which others may watch.
+        """
+        deadline_s = self._time.now_s() + timeout_s
+        draft = _Draft(node=node, message=message, op=op, deadline_s=deadline_s, is_sealed=is_sealed)
         pass_on: OnLetter | None = (lambda letter: on_progress(letter.message)) if on_progress else None
-        return await self._calls.call(self.hearing, frame, timeout_s=timeout_s, idle_s=idle_s, on_frame=pass_on)
+        frame = self._write(draft)
+        try:
+            return await self._send(frame, draft, timeout_s, idle_s, pass_on)
+        except CallFailed as error:
+            left_s = deadline_s - self._time.now_s()
+            if error.code != "expired" or left_s <= 0:
+                raise
+        # It cannot have come too late, for its answer did not: our clock and the agent's have moved apart, and this tells it.
+        log.info("an order was refused as late and was not: sent again", extra={"node": node, "op": op})
+        again = self._write(draft, answers=frame.reply)
+        return await self._send(again, draft, left_s, idle_s, pass_on)
+
+    def _write(self, draft: _Draft, answers: str = "") -> Frame:
+        self._serial += 1
+        serial = f"{self.epoch % 100_000}-{self._serial}"
+        return seal(
+            subjects.work(draft.node, declared(type(draft.message)).kind, is_sealed=draft.is_sealed),
+            draft.message,
+            op=draft.op,
+            reply=subjects.reply(draft.node, f"{draft.op}-{serial}"),
+            sent_s=self._time.now_s(),
+            deadline_s=draft.deadline_s,
+            epoch=self.epoch,
+            answers=answers,
+        )
+
+    async def _send(
+        self, frame: Frame, draft: _Draft, timeout_s: float, idle_s: float, on_frame: OnLetter | None
+    ) -> Any:
+        return await self._calls.call(
+            self.hearing,
+            frame,
+            timeout_s=timeout_s,
+            idle_s=idle_s,
+            expects=declared(type(draft.message)).reply,
+            on_frame=on_frame,
+        )
 
     async def publish(self, message: Any) -> None:
         """Tell everybody.
@@ -381,38 +460,54 @@ class MasterLink:
         """
         await self.hearing.publish(seal(subjects.event(declared(type(message)).kind), message))
 
+    async def answer(self, reply: str, message: Any, *, op: str = "", frame: FrameKind = "final") -> None:
+        """Say something to whoever asked; Request is what checks that it may go there.
+
+        Raises:
+            BusUnreachable: not connected.
+        """
+        sealed = seal(reply, message, op=op, frame=frame, sent_s=self._time.now_s(), epoch=self.epoch)
+        await self.answering.publish(sealed)
+
+    async def close(self) -> None:
+        """Say what is still to be said; the connections stay."""
+        for node in list(self._nodes):
+            await self.unwatch(node)
+        await self._tasks.end(CLOSE_WITHIN_S)
+
     # ------------------------------------------------------------------ hearing
 
     async def _subscribe(self, node: str, watched: _Watched) -> None:
         watched.subscription = await self.hearing.subscribe(
             subjects.node_pattern(node), lambda frame: self._hear_node(node, watched, frame)
         )
+        if self._nodes.get(node) is not watched:  # removed while we asked
+            await watched.subscription.close()
 
     def _hear_command(self, frame: Frame) -> None:
-        who = subjects.speaker(frame.subject)
-        letter = self._open(frame, Lane.COMMAND)
-        if letter and who and who[0] == "cli":
-            self._on_command(Request(self, letter, who[1]))
+        if request := self._open(frame, "cli", Lane.COMMAND):
+            self._on_command(request)
 
     def _hear_join(self, frame: Frame) -> None:
-        who = subjects.speaker(frame.subject)
-        letter = self._open(frame, Lane.JOIN)
-        if letter and who and who[0] == "join":
-            self._on_join(Request(self, letter, who[1]))
+        if request := self._open(frame, "join", Lane.JOIN):
+            self._on_join(request)
 
-    def _open(self, frame: Frame, lane: Lane) -> Letter | None:
+    def _open(self, frame: Frame, role: str, lane: Lane) -> Request | None:
         """Decode what an operator or a newcomer sent; rubbish is answered, for a person waits."""
+        who = subjects.speaker(frame.subject)
+        if who is None or who[0] != role:
+            self._drops.add("from nobody", f"on {frame.subject!r}")
+            return None
         try:
             letter = open_frame(frame)
-            if declared(type(letter.message)).lane is not lane:
-                raise MalformedMessage(f"{letter.kind} does not belong here")
+            _refuse_out_of_place(letter, lane)
         except MalformedMessage as error:
-            self._drop(f"malformed on {frame.subject}: {error.reason}")
-            self._answer_rubbish(frame, error)
+            self._drops.add(f"malformed from {who[1]}", error.reason)
+            self._tasks.start(self._answer_rubbish(frame, error))
             return None
-        return letter
+        return Request(self, letter, who[1])
 
-    def _answer_rubbish(self, frame: Frame, error: McpError) -> None:
+    async def _answer_rubbish(self, frame: Frame, error: MalformedMessage) -> None:
         if not subjects.may_answer(frame.subject, frame.reply):
             return
         failed = Failed(
@@ -420,39 +515,27 @@ class MasterLink:
             reason=f"the master cannot read this command: {error.reason}",
             hint="The CLI may be newer than the master: compare `mcp --version` with `mcp node list`.",
         )
-        answer = seal(frame.reply, failed, frame="error")
-
-        async def send() -> None:
-            with suppress(BusError):
-                await self.answering.publish(answer)
-
-        task = asyncio.ensure_future(send())
-        _KEPT.add(task)
-        task.add_done_callback(_KEPT.discard)
+        with suppress(BusError):
+            await self.answer(frame.reply, failed, frame="error")
 
     def _hear_node(self, node: str, watched: _Watched, frame: Frame) -> None:
         if self._floods(node, watched):
             return
-        tokens = frame.subject.split(".")
-        lane = tokens[3]
+        if subjects.speaker(frame.subject) != ("agent", node):
+            self._drops.add(f"out of place from {node}", f"on {frame.subject!r}")
+            return
+        lane, *rest = frame.subject.split(".")[3:]
         if lane == "reply":
             self._calls.deliver(frame)
             return
         try:
             letter = open_frame(frame)
         except MalformedMessage as error:
-            self._drop(f"malformed from {node}: {error.reason}")
+            self._drops.add(f"malformed from {node}", error.reason)
             return
-        expected = {
-            "register": Lane.REGISTER,
-            "heartbeat": Lane.HEARTBEAT,
-            "event": Lane.NODE_EVENT,
-            "log": Lane.LOG,
-        }.get(lane)
-        if declared(type(letter.message)).lane is not expected or (lane == "log" and letter.message.stream != tokens[-1]):
-            self._drop(f"{letter.kind} from {node} on lane {lane}")
-            return
-        if lane == "register":
+        if not _belongs(letter.message, node, lane, rest):
+            self._drops.add(f"out of place from {node}", f"{letter.kind} on {frame.subject!r}")
+        elif lane == "register":
             watched.on_report(Request(self, letter, node))
         else:
             watched.on_report(Report(who=node, message=letter.message, kind=letter.kind))
@@ -468,11 +551,11 @@ class MasterLink:
             return False
         watched.is_muted = True
         recent.clear()
-        log.warning("node floods the bus and is muted", extra={"node": node, "limit": self._flood_limit, "rest_s": FLOOD_REST_S})
+        log.warning(
+            "node floods the bus and is muted", extra={"node": node, "limit": self._flood_limit, "rest_s": FLOOD_REST_S}
+        )
         self.on_flood(node, True)
-        task = asyncio.ensure_future(self._mute(node, watched))
-        _KEPT.add(task)
-        task.add_done_callback(_KEPT.discard)
+        self._tasks.start(self._mute(node, watched))
         return True
 
     async def _mute(self, node: str, watched: _Watched) -> None:
@@ -490,18 +573,49 @@ class MasterLink:
             self.on_flood(node, False)
             return
 
-    def _drop(self, why: str) -> None:
-        self.dropped[why] += 1
-        if self.dropped[why] in (1, 10, 100) or self.dropped[why] % 1000 == 0:
-            log.warning("message dropped: %s (%d so far)", why, self.dropped[why])
-
     def _on_state(self, state: LinkState) -> None:
         if state in ("lost", "closed"):
             self._was_lost = True
             self._calls.lost()
+            if state == "closed":
+                self.on_closed()
         elif self._was_lost:
             self._was_lost = False
             self.on_bus_back()
+
+    def _on_answering(self, state: LinkState) -> None:
+        if state == "closed":
+            self.on_closed()
+
+
+@attrs.frozen(kw_only=True)
+class _Draft:
+    """An order that is to be sent, perhaps twice."""
+
+    node: str
+    message: Any
+    op: str
+    deadline_s: float
+    is_sealed: bool
+
+
+_LANES = {
+    "register": Lane.REGISTER,
+    "heartbeat": Lane.HEARTBEAT,
+    "event": Lane.NODE_EVENT,
+    "log": Lane.LOG,
+}
+
+
+def _belongs(message: Any, node: str, lane: str, rest: list[str]) -> bool:
+    """Say whether a node may say this there, in its own name."""
+    kind = declared(type(message))
+    told = {Lane.NODE_EVENT: kind.kind, Lane.LOG: getattr(message, "stream", "")}.get(kind.lane)
+    return (
+        kind.lane is _LANES.get(lane)
+        and rest == ([] if told is None else [told])
+        and getattr(message, "node", node) in ("", node)
+    )
 
 
 # ------------------------------------------------------- operators and newcomers
@@ -529,11 +643,24 @@ class OperatorLink:
         await self.transport.subscribe(f"{self._inbox}>", self._calls.deliver)
 
     async def call(
-        self, message: Any, *, timeout_s: float, idle_s: float, on_frame: OnLetter | None = None
+        self,
+        message: Any,
+        *,
+        timeout_s: float,
+        idle_s: float,
+        on_frame: OnLetter | None = None,
+        op: str = "",
+        is_sealed: bool = False,
     ) -> Any:
-        """Ask the master and return the message of its final frame (see Calls.call for what is raised)."""
-        frame = self._seal(message, reply=self._reply())
-        return await self._calls.call(self.transport, frame, timeout_s=timeout_s, idle_s=idle_s, on_frame=on_frame)
+        """Ask the master and return the message of its final frame (see Calls.call for what is raised).
+
+        `is_sealed`: the body carries a secret, so it travels outside `mcp.>`, which others may watch.
+        """
+        frame = self._seal(message, op=op, is_sealed=is_sealed)
+        expects = declared(type(message)).reply
+        return await self._calls.call(
+            self.transport, frame, timeout_s=timeout_s, idle_s=idle_s, expects=expects, on_frame=on_frame
+        )
 
     async def tell(self, message: Any) -> None:
         """Ask for something whose answer nobody waits for.
@@ -541,18 +668,16 @@ class OperatorLink:
         Raises:
             BusUnreachable: not connected.
         """
-        await self.transport.publish(self._seal(message, reply=self._reply()))
+        await self.transport.publish(self._seal(message))
 
     async def close(self) -> None:
         """Leave."""
         await self.transport.close()
 
-    def _reply(self) -> str:
+    def _seal(self, message: Any, *, op: str = "", is_sealed: bool = False) -> Frame:
         self._serial += 1
-        return f"{self._inbox}{self._serial}"
-
-    def _seal(self, message: Any, *, reply: str) -> Frame:
-        return seal(subjects.command(self.user, declared(type(message)).kind), message, reply=reply)
+        subject = subjects.command(self.user, declared(type(message)).kind, is_sealed=is_sealed)
+        return seal(subject, message, op=op, reply=f"{self._inbox}{self._serial}")
 
     def _on_state(self, state: LinkState) -> None:
         if state != "connected":
@@ -574,13 +699,24 @@ class JoinLink:
             BusError: see Calls.call; CallFailed when the master refuses.
         """
         prefix = subjects.inbox("join", self._invitation)
+        self._transport.on_state = lambda state: None if state == "connected" else self._calls.lost()
         self._transport.on_denied = lambda verb, subject: self._calls.denied(subject)
         await self._transport.subscribe(f"{prefix}>", self._calls.deliver)
         frame = seal(subjects.join(self._invitation), message, reply=f"{prefix}1")
-        answer = await self._calls.call(self._transport, frame, timeout_s=timeout_s, idle_s=timeout_s)
-        if not isinstance(answer, Joined):
-            raise MalformedMessage(f"expected joined, got {type(answer).__name__}")
+        answer: Joined = await self._calls.call(
+            self._transport, frame, timeout_s=timeout_s, idle_s=timeout_s, expects=Joined
+        )
         return answer
 
 
-__all__ = ["AgentLink", "CallFailed", "JoinLink", "MasterClock", "MasterLink", "OperatorLink", "Order", "Report", "Request"]
+__all__ = [
+    "AgentLink",
+    "CallFailed",
+    "JoinLink",
+    "MasterClock",
+    "MasterLink",
+    "OperatorLink",
+    "Order",
+    "Report",
+    "Request",
+]

@@ -279,7 +279,9 @@ class NatsTransport:
 
     def _living(self) -> StrictClient:
         if self._is_closed:
-            raise BusUnreachable(f"the connection to the bus is closed{self.closed_because and ': '}{self.closed_because}")
+            raise BusUnreachable(
+                f"the connection to the bus is closed{self.closed_because and ': '}{self.closed_because}"
+            )
         if not self.is_connected or self._client is None:
             raise BusUnreachable(f"the connection to the bus at {self.address} is lost: nothing was sent")
         return self._client
@@ -366,7 +368,9 @@ class NatsTransport:
                 hint="It was removed, or belongs to another fleet.",
             )
         if isinstance(error, ssl.SSLCertVerificationError):
-            why = f"it shows another certificate than expected ({getattr(error, 'verify_message', '') or error.args[-1]})"
+            why = (
+                f"it shows another certificate than expected ({getattr(error, 'verify_message', '') or error.args[-1]})"
+            )
         elif isinstance(error, ssl.SSLError):
             why = "it does not speak TLS as the bus does"
         elif isinstance(error, ConnectionRefusedError):

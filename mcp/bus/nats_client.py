@@ -51,12 +51,12 @@ nats.protocol.parser.HMSG_RE = re.compile(
 )
 
 
-class StrictClient(Client):  # type: ignore[misc]
+class StrictClient(Client):
     """A client whose reading cannot be ended by what other clients send."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._transport = _AbortingTransport()
+        self._link = self._transport = _AbortingTransport()
 
     async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
         """Read headers, whatever their bytes are; nats-py's own raises on some, which ends its read loop."""
@@ -96,7 +96,7 @@ class StrictClient(Client):  # type: ignore[misc]
         Raises:
             TimeoutError: nothing moves.
         """
-        if self._pending_data_size > MAX_UNSENT_BYTES:
+        if self._pending_data_size > MAX_UNSENT_BYTES and self._flush_queue is not None:
             written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             async with asyncio.timeout(timeout_s):
                 await self._flush_queue.put(written)
@@ -109,11 +109,11 @@ class StrictClient(Client):  # type: ignore[misc]
 
     async def discard(self) -> None:
         """End it without waiting for anything: its peer may be dead, its buffers full."""
-        self._transport.close()
+        self._link.close()
         with suppress(Exception):  # whatever nats-py meets while it ends, the connection is aborted already
             async with asyncio.timeout(1.0):
                 await self._close(Client.CLOSED, do_cbs=False)
-                await self._transport.wait_closed()
+                await self._link.wait_closed()
         # When nats-py began to close by itself and was stuck, it never came to its subscriptions.
         hearing = [sub._wait_for_msgs_task for sub in self._subs.values()]  # noqa: SLF001
         for task in (self._reading_task, self._ping_interval_task, self._flusher_task, *hearing):
@@ -125,11 +125,11 @@ _TURNS = 20
 """Of the loop; an aborted TLS connection is closed after three."""
 
 
-class _AbortingTransport(TcpTransport):  # type: ignore[misc]
+class _AbortingTransport(TcpTransport):
     """A TCP transport that never waits for a dead peer to say goodbye (nats.py#671), and that the kernel gives up in time."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._socket: Any = None
 
     def __bool__(self) -> bool:
@@ -137,6 +137,7 @@ class _AbortingTransport(TcpTransport):  # type: ignore[misc]
 
     async def connect(self, uri: Any, buffer_size: int, connect_timeout: int) -> None:
         await super().connect(uri, buffer_size, connect_timeout)
+        assert self._io_writer is not None
         self._socket = self._io_writer.get_extra_info("socket")
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

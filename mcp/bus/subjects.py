@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import attrs
@@ -55,9 +56,21 @@ class Grant:
     subscribe: tuple[str, ...]
 
 
-def command(user: str, kind: str) -> str:
-    """Return where an operator's command goes."""
-    return f"mcp.cmd.{user}.{kind}"
+MAX_LENGTH = 512
+"""Characters of a subject; ours have some 100. The server's limit for a whole protocol line is 4096."""
+
+_SUBJECT = re.compile(r"[!-)+-\-/-=?-~]+(?:\.[!-)+-\-/-=?-~]+)*")
+"""Tokens of visible ASCII without `.`, `*` and `>`, with dots between."""
+
+
+def is_subject(text: str) -> bool:
+    """Say whether something can be published there."""
+    return len(text) <= MAX_LENGTH and _SUBJECT.fullmatch(text) is not None
+
+
+def command(user: str, kind: str, *, is_sealed: bool = False) -> str:
+    """Return where an operator's command goes; sealed when its body carries a secret."""
+    return f"{_tree(is_sealed=is_sealed)}.cmd.{user}.{kind}"
 
 
 def join(invitation: str) -> str:
@@ -90,9 +103,13 @@ def reply(node: str, op: str) -> str:
     return f"mcp.node.{node}.reply.{op}"
 
 
-def work(node: str, kind: str) -> str:
-    """Return where an order for a node goes."""
-    return f"mcp.work.{node}.{kind}"
+def work(node: str, kind: str, *, is_sealed: bool = False) -> str:
+    """Return where an order for a node goes; sealed when its body carries a secret."""
+    return f"{_tree(is_sealed=is_sealed)}.work.{node}.{kind}"
+
+
+def _tree(*, is_sealed: bool) -> str:
+    return "sealed" if is_sealed else "mcp"
 
 
 def event(kind: str) -> str:
@@ -105,22 +122,14 @@ def inbox(role: Literal["cli", "agent", "join"], name: str) -> str:
     return f"_INBOX.{role}.{name}."
 
 
-EVERYTHING_OF = {
-    "commands": "mcp.cmd.>",
-    "joins": "mcp.join.*",
-    "events": "mcp.event.>",
-}
-"""What the master (and operators, for events) subscribe to."""
-
-
 def node_pattern(node: str) -> str:
     """Return all that a node says: the master subscribes once for each enrolled node."""
     return f"mcp.node.{node}.>"
 
 
-def work_pattern(node: str) -> str:
-    """Return all that is asked of a node."""
-    return f"mcp.work.{node}.>"
+def work_pattern(node: str, *, is_sealed: bool = False) -> str:
+    """Return all that is asked of a node, in one of the two trees."""
+    return f"{_tree(is_sealed=is_sealed)}.work.{node}.>"
 
 
 def grant(role: ConnectionRole, name: str = "") -> Grant:
@@ -132,7 +141,7 @@ def grant(role: ConnectionRole, name: str = "") -> Grant:
         case "agent":
             return Grant(
                 publish=(node_pattern(name),),
-                subscribe=(work_pattern(name), f"sealed.work.{name}.>", f"_INBOX.agent.{name}.>"),
+                subscribe=(work_pattern(name), work_pattern(name, is_sealed=True), f"_INBOX.agent.{name}.>"),
             )
         case "operator":
             return Grant(
@@ -219,6 +228,4 @@ def may_answer(subject: str, reply_to: str) -> bool:
     who = speaker(subject)
     if who is None:
         return False
-    prefix = inbox(*who)
-    rest = reply_to.removeprefix(prefix)
-    return reply_to.startswith(prefix) and rest != "" and not any(c in rest for c in "*> \t\r\n")
+    return reply_to.startswith(inbox(*who)) and is_subject(reply_to)

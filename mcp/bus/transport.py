@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import attrs
 
+from mcp.bus.subjects import is_subject
 from mcp.model.errors import MalformedMessage
 
 MAX_BODY_BYTES = 128 * 1024
@@ -41,18 +41,11 @@ def check_frame(frame: Frame) -> None:
     if sum(len(name) + len(value) for name, value in frame.headers.items()) > MAX_HEADER_BYTES:
         raise MalformedMessage(f"headers of more than {MAX_HEADER_BYTES} bytes for {frame.subject}")
     for subject in (frame.subject, frame.reply) if frame.reply else (frame.subject,):
-        if len(subject) > MAX_SUBJECT or not _SUBJECT.fullmatch(subject):
+        if not is_subject(subject):
             raise MalformedMessage(f"{subject[:80]!r} is no subject to publish on")
 
 
-MAX_SUBJECT = 512
-"""Characters; ours have at most some 100. The server's limit for a whole protocol line is 4096."""
-
-_SUBJECT = re.compile(r"[!-)+-\-/-=?-~]+(?:\.[!-)+-\-/-=?-~]+)*")
-"""Tokens of visible ASCII without `.`, `*` and `>`, with dots between."""
-
-
-OnFrame = Callable[[Frame], None]
+OnFrame = Callable[[Frame], object]
 """Called on the event loop, one frame at a time, in order; it only enqueues and never raises."""
 
 
