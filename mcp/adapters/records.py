@@ -34,6 +34,9 @@ ANSWERS_KEPT = 1000
 LOCKED_OUT_S = 5.0
 """How long opening waits for another agent to let go of the file."""
 
+SMALLEST_PAGE_BYTES = 512
+"""No SQLite file is smaller, but for an empty one."""
+
 _MIGRATIONS = (
     # Each ends at the version that is its place in this list; a release only ever adds to it. Every row ends with a sum
     # of its values, for SQLite itself does not notice a bit that flips within one.
@@ -111,6 +114,9 @@ class SqliteRecords:
             return self._connect()
 
     def _connect(self) -> sqlite3.Connection:
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if 0 < size < SMALLEST_PAGE_BYTES:  # SQLite would take it for a new file
+            raise _DamagedError(f"only {size} bytes are left")
         db = sqlite3.connect(self._path, timeout=LOCKED_OUT_S, isolation_level=None, check_same_thread=False)
         try:
             # Nobody else may write while we do; it also needs no shared memory file, so a full disk can still be read.
@@ -124,6 +130,9 @@ class SqliteRecords:
             if self._is_damage(error):
                 raise _DamagedError(str(error)) from error
             raise
+        except UnicodeError as error:  # the name of something in the file, in an error about it
+            db.close()
+            raise _DamagedError("not text where text should be") from error
         except _DamagedError:
             db.close()
             raise
@@ -133,6 +142,8 @@ class SqliteRecords:
         (version,) = db.execute("pragma user_version").fetchone()
         if version > len(_MIGRATIONS) or version < 0:
             raise _DamagedError(f"they are of another agent: version {version}, this one writes {len(_MIGRATIONS)}")
+        if version == 0 and db.execute("select count(*) from sqlite_schema").fetchone() != (0,):
+            raise _DamagedError("there are tables and no version")
         if version == 0 and not self.rebuilt_reason:
             self.rebuilt_reason = "there were no records"
         if version < len(_MIGRATIONS):
