@@ -14,9 +14,8 @@ from typing import Any
 import attrs
 
 from mcp.bus.files import read_private
-from mcp.model.definition import DEFAULT_ZONE, is_domain
 from mcp.model.errors import AdapterError, BadDefinition
-from mcp.model.names import is_node_name
+from mcp.model.names import DEFAULT_ZONE, is_domain, is_node_name
 from mcp.model.tables import (
     MAX_FILE_BYTES,
     Document,

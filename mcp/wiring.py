@@ -24,7 +24,6 @@ from mcp.bus.subjects import ConnectionRole
 from mcp.config import AgentConfig, BusAccess, MasterConfig, read_passwords
 from mcp.model.errors import AdapterError, Refused
 from mcp.model.spec import ServiceSpec
-from mcp.model.views import rfc3339
 
 log = logging.getLogger(__name__)
 
@@ -87,17 +86,18 @@ def only_master(path: str, node: str) -> Any:
                 hint="Stop that one first: two masters would give orders against each other.",
             ) from error
         handle.truncate(0)
-        handle.write(f"pid {os.getpid()}, started {rfc3339(_wall_s())}\n")
+        handle.write(f"pid {os.getpid()}, started {_now()}\n")
         handle.flush()
         yield
     finally:
         handle.close()
 
 
-def _wall_s() -> float:
+def _now() -> str:
     from mcp.adapters.clock import SystemClock
+    from mcp.model.views import rfc3339
 
-    return SystemClock().wall_s()
+    return rfc3339(SystemClock().wall_s())
 
 
 async def run_master(config: MasterConfig, *, ready: Callable[[], None] = lambda: None) -> None:
@@ -204,6 +204,7 @@ async def run_agent(config: AgentConfig, *, ready: Callable[[], None] = lambda: 
     from mcp.adapters.records import SqliteRecords
     from mcp.bus.links import AgentLink
     from mcp.model.container import ContainerDefaults
+    from mcp.model.workload import rfc3339
 
     clock = SystemClock()
     state = Path(config.state)

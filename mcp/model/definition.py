@@ -9,12 +9,12 @@ import ipaddress
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
 from mcp.model.errors import BadDefinition
-from mcp.model.names import is_node_name, is_service_name, port_variable
+from mcp.model.names import DEFAULT_ZONE, is_domain, is_node_name, is_service_name, port_variable
 from mcp.model.spec import ComponentSpec, FixedPort, HealthSpec, RouteSpec, ServiceSpec, VolumeSpec
 from mcp.model.tables import (
     Document,
@@ -31,17 +31,15 @@ from mcp.model.tables import (
     size,
     strings,
 )
-from mcp.model.toml_lines import Path
+
+if TYPE_CHECKING:
+    from mcp.model.toml_lines import Path
 
 T = TypeVar("T")
-
-DEFAULT_ZONE = "svc.mcp.metacircular.net"
-"""Where internal names live, unless the master's configuration says otherwise (PLATFORM's convention)."""
 
 MIB = 1024**2
 DAY_S = 86_400.0
 
-_HOST_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESTART = re.compile(r"no|always|unless-stopped|on-failure(?::[0-9]{1,4})?")
 _URL_PATH = re.compile(r"/[\x21-\x7e]*")
@@ -102,12 +100,6 @@ def parse_with_warnings(text: str, *, file: str, defaults: Defaults | None = Non
 
 
 # ----------------------------------------------------------------- single values
-
-
-def is_domain(name: str) -> bool:
-    """Say whether this is a DNS name, in lower case and without a dot at its end; an address is none."""
-    labels = name.split(".")
-    return all(map(_HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit() and len(name) <= 253
 
 
 def is_host_name(name: str) -> bool:

@@ -13,6 +13,11 @@ SERVICE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
 RESERVED_NAMES = frozenset({"master", "cli", "sys", "join", "debug", "all"})
 """Words of the subject tree that no node and no operator may be called."""
 
+DEFAULT_ZONE = "svc.mcp.metacircular.net"
+"""Where internal names live, unless the master's configuration says otherwise (PLATFORM's convention)."""
+
+_HOST_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
 
 def is_node_name(name: str) -> bool:
     """Say whether a node or an operator may be called this."""
@@ -22,6 +27,12 @@ def is_node_name(name: str) -> bool:
 def is_service_name(name: str) -> bool:
     """Say whether a service or a component may be called this."""
     return SERVICE_NAME.fullmatch(name) is not None
+
+
+def is_domain(name: str) -> bool:
+    """Say whether this is a DNS name, in lower case and without a dot at its end; an address is none."""
+    labels = name.split(".")
+    return all(map(_HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit() and len(name) <= 253
 
 
 def container_name(service: str, component: str, generation: int) -> str:

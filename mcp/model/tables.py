@@ -6,17 +6,18 @@ the default of the attrs class that the values are for.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
 from mcp.model.errors import BadDefinition
-from mcp.model.toml_lines import Path, TomlLines
+
+if TYPE_CHECKING:
+    from mcp.model.toml_lines import Path, TomlLines
 
 T = TypeVar("T")
 
@@ -24,6 +25,8 @@ MAX_FILE_BYTES = 64 * 1024
 """A file that people edit; a message could not carry much more (docs/architecture.md, limits of the bus)."""
 
 MISTAKES_SHOWN = 5
+LONGEST_SHOWN = 60
+"""Characters of a key that an error shows."""
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _UNITS_BYTES = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
@@ -107,6 +110,8 @@ class Document:
 
     def line_of(self, path: Path) -> int:
         """Return the line of a key, or of what encloses it; 0 when only the file does."""
+        from mcp.model.toml_lines import TomlLines  # only a file with mistakes needs it
+
         try:
             self._lines = self._lines or TomlLines(self._text)
             return self._lines.line_of(path)
@@ -163,17 +168,29 @@ def _as_clause(hint: str) -> str:
 
 
 def dotted(path: Path) -> str:
-    """Write a path for people: components[0].routes[1].port."""
+    """Write a path for people: components[0].routes[1].port; a key that is no plain word is in quotes, as in the file."""
     text = ""
     for key in path:
-        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
+        text += f"[{key}]" if isinstance(key, int) else f".{_quoted(key)}" if text else _quoted(key)
     return text
+
+
+def _quoted(key: str) -> str:
+    is_plain = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+    return (key if is_plain else ascii(key))[:LONGEST_SHOWN]
+
+
+def nearest(word: str, known: Sequence[str]) -> list[str]:
+    """Return the known word that was probably meant, if there is one."""
+    import difflib  # only a mistake needs it
+
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.6)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a question with the nearest known word, or the list of known ones."""
     words = sorted(known)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    near = nearest(word, words)
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(words)}" if words else ""
@@ -261,7 +278,7 @@ class Table:
         for name in self.values:
             if name in known:
                 continue
-            near = difflib.get_close_matches(name, free, n=1, cutoff=0.6)
+            near = nearest(name, free)
             meant.update(near)
             self.document.note(self._unknown(name, _hint_for_unknown(name, near, known, self.document.schemas)))
         return meant
@@ -269,7 +286,8 @@ class Table:
     def _unknown(self, name: str, hint: str) -> BadDefinition:
         here = dotted(self.path)
         is_nested = any(isinstance(part, int) for part in self.path)
-        reason = f"{here if is_nested else f'[{here}]'} has no {name!r}" if here else f"unknown key {name!r}"
+        told = repr(name[:LONGEST_SHOWN])
+        reason = f"{here if is_nested else f'[{here}]'} has no {told}" if here else f"unknown key {told}"
         path = (*self.path, name)
         unknown = BadDefinition(reason, file=self.document.file, line=self.document.line_of(path), hint=hint)
         unknown.key = dotted(path)
@@ -380,7 +398,7 @@ def choice(*words: str) -> Callable[[Table, str], str]:
 
 
 def _near(word: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = nearest(word, known)
     return f"did you mean {near[0]!r}?" if near else ""
 
 
