@@ -123,18 +123,19 @@ LATER = _Later()
 """What a handler returns when somebody else gives the answer."""
 
 Handler = Callable[..., Awaitable[Any]]
+HANDLER_MARK = "_is_handler_of_an_actor"
 H = TypeVar("H", bound=Handler)
 T = TypeVar("T")
 
 
 def handles(method: H) -> H:
     """Mark a method as the handler of the messages that its first parameter is annotated with."""
-    method._is_handler = True  # type: ignore[attr-defined]
+    setattr(method, HANDLER_MARK, True)
     return method
 
 
 class Actor:
-    """One mailbox, read by `run` letter by letter; a subclass has handlers:
+    """One mailbox, read by `run` letter by letter; a subclass has the handlers.
 
         @handles
         async def on_probe(self, order: Probe) -> ProbeAnswer: ...
@@ -151,7 +152,7 @@ class Actor:
         super().__init_subclass__(**arguments)
         table = dict(cls.handlers)
         for name, member in vars(cls).items():
-            if getattr(member, "_is_handler", False):
+            if getattr(member, HANDLER_MARK, False):
                 table.update(dict.fromkeys(_messages_of(member), (name, len(inspect.signature(member).parameters) > 2)))
         cls.handlers = table
 
@@ -254,15 +255,17 @@ class Actor:
         """
         found = self.handlers.get(type(envelope.message))
         if found is None:
-            raise Refused("unknown_message", f"{self.name} does not know {type(envelope.message).__name__}: nothing was done")
+            raise Refused(
+                "unknown_message", f"{self.name} does not know {type(envelope.message).__name__}: nothing was done"
+            )
         name, takes_envelope = found
         handler = getattr(self, name)
         return await (handler(envelope.message, envelope) if takes_envelope else handler(envelope.message))
 
     async def _take(self, envelope: Envelope) -> None:
         if envelope.is_expired:
-            what = type(envelope.message).__name__
-            await envelope.reply.failed(Failed(code="expired", reason=f"{self.name} got to {what} after its deadline: nothing was done"))
+            reason = f"{self.name} got to {type(envelope.message).__name__} after its deadline: nothing was done"
+            await envelope.reply.failed(Failed(code="expired", reason=reason))
             return
         self._current = envelope
         await self._answer(envelope, self.handle(envelope))
@@ -279,14 +282,15 @@ class Actor:
                 await envelope.reply.final(Done() if answer is None else answer)
         except McpError as error:
             await envelope.reply.failed(failed_from(error))
-        except Exception:
+        except Exception as error:  # noqa: BLE001
             # A bug met by one letter must not end the actor: it is logged where its operation can be found, and told.
-            await envelope.reply.failed(self._bug(envelope))
+            await envelope.reply.failed(self._bug(envelope, error))
 
-    def _bug(self, envelope: Envelope) -> Failed:
+    def _bug(self, envelope: Envelope, error: Exception) -> Failed:
         what = type(envelope.message).__name__
         op = envelope.op or "(none)"
-        log.exception("%s failed on %s, operation %s: a bug", self.name, what, op, extra={"operation": op})
+        facts = {"operation": op}
+        log.error("%s failed on %s, operation %s: a bug", self.name, what, op, extra=facts, exc_info=error)
         return Failed(
             code="internal",
             reason=f"{self.name} failed on {what}, operation {op}: a bug; what was done so far stays until it is asked again",
@@ -358,7 +362,9 @@ def failed_from(error: McpError) -> Failed:
     failed = getattr(error, "failed", None)
     if isinstance(failed, Failed):
         return failed
-    return Failed(code=error.code, reason=error.reason, hint=error.hint, retryable=bool(getattr(error, "retryable", False)))
+    return Failed(
+        code=error.code, reason=error.reason, hint=error.hint, retryable=bool(getattr(error, "retryable", False))
+    )
 
 
 def _messages_of(method: Any) -> tuple[type, ...]:

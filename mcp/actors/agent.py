@@ -175,7 +175,10 @@ class AgentActor(Actor):
             self.spawn(node.engine.follow(), name="engine events")
             self.spawn(self._list_in_time(), name="engine lists")
             self.spawn(self._refresh(), name="engine looks")
-        log.info("agent started", extra={"node": node.name, "incarnation": self.facts.incarnation, "engine": node.engine.state})
+        log.info(
+            "agent started",
+            extra={"node": node.name, "incarnation": self.facts.incarnation, "engine": node.engine.state},
+        )
 
     async def stopped(self) -> None:
         """Say goodbye; services go on."""
@@ -251,7 +254,9 @@ class AgentActor(Actor):
             Refused: code stale_epoch.
         """
         if epoch < self._epoch:
-            raise Refused("stale_epoch", f"{self.node.name} obeys a newer master (epoch {self._epoch}, this one is {epoch})")
+            raise Refused(
+                "stale_epoch", f"{self.node.name} obeys a newer master (epoch {self._epoch}, this one is {epoch})"
+            )
         if epoch > self._epoch:
             self._epoch = epoch
             try:
@@ -589,7 +594,9 @@ class AgentActor(Actor):
         try:
             spec = from_plain(ServiceSpec, json.loads(text))
         except (ValueError, MalformedMessage) as error:
-            log.warning("the labels of %s, generation %d, cannot be read, it stays an orphan: %s", service, generation, error)
+            log.warning(
+                "the labels of %s, generation %d, cannot be read, it stays an orphan: %s", service, generation, error
+            )
             return None
         return spec, await containers.label(service, generation, OP_LABEL)
 
@@ -606,7 +613,9 @@ def in_parts(whole: Inventory, rows: list[tuple[str, Any]]) -> list[Inventory]:
         weight = size_of(row)
         if base + weight > PART_BYTES:
             name = getattr(row, "service", field)
-            problems.append(f"{name}: its record ({weight // 1024} KiB) is too large to be told: shorten its definition")
+            problems.append(
+                f"{name}: its record ({weight // 1024} KiB) is too large to be told: shorten its definition"
+            )
             continue
         if size + weight > PART_BYTES:
             parts.append({})

@@ -86,11 +86,15 @@ class LogSender:
             Refused: there is no container to read, or too many streams are open.
         """
         if len(self._streams) >= MAX_STREAMS or order.stream in self._streams:
-            raise Refused("busy", f"{self._node.name} has {len(self._streams)} log streams open, the limit is {MAX_STREAMS}")
+            raise Refused(
+                "busy", f"{self._node.name} has {len(self._streams)} log streams open, the limit is {MAX_STREAMS}"
+            )
         self._node.engine.check()
         containers = await self._node.engine.containers.list(order.service)
         if not containers:
-            raise Refused("container_missing", f"{order.service} has no container on {self._node.name}: there is nothing to read")
+            raise Refused(
+                "container_missing", f"{order.service} has no container on {self._node.name}: there is nothing to read"
+            )
         stream = self._streams[order.stream] = _Stream(order, credit=max(1, min(order.credit, 10_000)))
         try:
             return await self._relay(stream, [_Source(container) for container in containers])

@@ -70,8 +70,16 @@ FORBIDDEN_PATHS = (
 )  # fmt: skip
 """Never mounted, with all in them and all above them, not through a symlink either: each hands the machine to a container."""
 
-READABLE_PATHS = ("/etc/ca-certificates", "/etc/hosts", "/etc/localtime", "/etc/resolv.conf", "/etc/ssl/certs", "/etc/timezone")
+READABLE_PATHS = (
+    "/etc/ca-certificates",
+    "/etc/hosts",
+    "/etc/localtime",
+    "/etc/resolv.conf",
+    "/etc/ssl/certs",
+    "/etc/timezone",
+)
 """May be mounted read-only all the same: what containers commonly need, and nothing secret."""
+
 
 class InHand:
     """An order in the agent's hands: its reply, what is being done for it, and whether it was abandoned."""
@@ -175,7 +183,9 @@ class WorkloadActor(Actor):
         problems = [self._trouble] if self._trouble else []
         if not engine.has_looked:
             if engine.state != "none":
-                problems.append("its containers have not been seen: the container engine has not answered since this agent started")
+                problems.append(
+                    "its containers have not been seen: the container engine has not answered since this agent started"
+                )
         elif not self.is_working:
             known = model.with_drift(known, self._noticed)
         return model.record_of(known, problems=problems)
@@ -217,7 +227,8 @@ class WorkloadActor(Actor):
 
     def _with_proof(self, container: ContainerState) -> ContainerState:
         """Say healthy where it was seen; a container that was started anew since must be seen again."""
-        if container.health != "none" or container.state != "running" or self._proven.get(container.name) != container.started_at:
+        is_proven = self._proven.get(container.name) == container.started_at
+        if container.health != "none" or container.state != "running" or not is_proven:
             return container
         return attrs.evolve(container, health="healthy")
 
@@ -313,7 +324,9 @@ class WorkloadActor(Actor):
         """Say whether a generation is as whole as its recorded answer claims."""
         await self._look()
         goal = self.known.intent(generation)
-        return goal is not None and not [a for a in model.converge(self.known, "run", generation) if not isinstance(a, Await)]
+        return goal is not None and not [
+            a for a in model.converge(self.known, "run", generation) if not isinstance(a, Await)
+        ]
 
     async def _finish(self, op: str, message: Any, answer: Any) -> None:
         kind = declared(type(message)).kind
@@ -382,7 +395,9 @@ class WorkloadActor(Actor):
         changed = await self._drop(order.generation)
         self.known = attrs.evolve(self.known, highest=max(self.known.highest, order.generation))
         await self._finish_or_owe("resume", "generation {} cannot be started again yet")
-        return Done(changed=changed, detail="" if changed else f"there is nothing of generation {order.generation} here")
+        return Done(
+            changed=changed, detail="" if changed else f"there is nothing of generation {order.generation} here"
+        )
 
     @handles
     async def on_remove(self, order: RemoveWorkload) -> Done:
@@ -491,12 +506,15 @@ class WorkloadActor(Actor):
             return False
         inside = f"{real.rstrip('/')}/"
         return any(
-            inside.startswith(f"{bad}/") or f"{bad}/".startswith(inside) for bad in (*FORBIDDEN_PATHS, *self._node.own_paths)
+            inside.startswith(f"{bad}/") or f"{bad}/".startswith(inside)
+            for bad in (*FORBIDDEN_PATHS, *self._node.own_paths)
         )
 
     def _is_own_port(self, port: int) -> bool:
         """Say whether the running copy holds a fixed port: then it is free once that copy is stopped."""
-        return any(p.host_port == port for intent in self.known.intents for c in intent.spec.components for p in c.ports)
+        return any(
+            p.host_port == port for intent in self.known.intents for c in intent.spec.components for p in c.ports
+        )
 
     async def _supersede(self) -> None:
         """Remove an older candidate that nobody finished, before a newer one takes its place."""
@@ -647,12 +665,15 @@ class WorkloadActor(Actor):
         """Ask the engine what is there; asking changes nothing, so an answer that was lost is asked for again."""
         for turn in range(ROUNDS):
             try:
-                return self.see(await self._node.engine.containers.list(self.service))
+                found = await self._node.engine.containers.list(self.service)
             except AdapterError as error:
                 self._node.engine.doubt(error)
                 if error.code != "engine_down" or turn == ROUNDS - 1:
                     raise
-            await self._node.clock.sleep(ROUND_PAUSE_S * 2**turn)
+                await self._node.clock.sleep(ROUND_PAUSE_S * 2**turn)
+            else:
+                self.see(found)
+                return
 
     async def _see_once(self) -> None:
         """Ask the engine, unless its events have kept us up to date."""
@@ -768,13 +789,16 @@ class WorkloadActor(Actor):
             if seen is None:
                 continue  # there is news: look first
             if not seen:
-                return self._prove(began.name)
+                self._prove(began.name)
+                return
             waited_s = clock.monotonic_s() - began_s
             if waited_s >= component.health.timeout_s:
                 lines = await self._last_lines(began.name)
                 raise model.unhealthy(self._now(began), self._node.name, waited_s, seen, lines)
             left_s = component.health.timeout_s - waited_s
-            pause_s = min(max(FIRST_CHECK_S, waited_s * CHECK_GROWTH), component.health.interval_s, max(left_s, FIRST_CHECK_S))
+            pause_s = min(
+                max(FIRST_CHECK_S, waited_s * CHECK_GROWTH), component.health.interval_s, max(left_s, FIRST_CHECK_S)
+            )
             await self._alarm.unless_rung(clock.sleep(pause_s))
 
     async def _is_completed(self, component: ComponentSpec, began: ContainerState, after_s: float) -> bool:
@@ -840,6 +864,5 @@ class WorkloadActor(Actor):
         with suppress(AdapterError, TimeoutError):  # what could be read is better than another error
             async with asyncio.timeout(LOG_WAIT_S):
                 async for line in self._node.engine.output.logs(name, tail=LAST_LINES):
-                    lines.append(line.text[:LINE_LIMIT])
+                    lines.append(line.text[:LINE_LIMIT])  # noqa: PERF401 - those that came before a time-out count
         return lines[-LAST_LINES:]
-

@@ -81,7 +81,8 @@ def check_run(known: Known, order: RunWorkload, node: str) -> bool:
     names = [order.service, *(component.name for component in order.spec.components)]
     bad = [name for name in names if not is_service_name(name)]
     if bad or order.spec.name != order.service:
-        raise Refused("bad_name", f"cannot run {order.service[:60]!r}: a name in its definition is not legal: {(bad or [order.spec.name])[0][:60]!r}")
+        name = (bad or [order.spec.name])[0][:60]
+        raise Refused("bad_name", f"cannot run {order.service[:60]!r}: a name in its definition is not legal: {name!r}")
     mine = known.intent(order.generation)
     if mine and mine.spec_hash == order.spec_hash:
         return False
@@ -100,7 +101,10 @@ def check_commit(known: Known, order: CommitWorkload, node: str) -> bool:
     if mine is None:
         raise missing_generation(known, order.generation, node)
     if mine.is_candidate and not mine.ready:
-        raise Refused("not_ready", f"cannot commit generation {order.generation} of {known.service} on {node}: it was never seen whole and healthy")
+        raise Refused(
+            "not_ready",
+            f"cannot commit generation {order.generation} of {known.service} on {node}: it was never seen whole and healthy",
+        )
     return mine.is_candidate
 
 
@@ -122,7 +126,10 @@ def check_drop(known: Known, order: DropWorkload, node: str) -> None:
         Refused: committed; the service's own generation is removed only by RemoveWorkload.
     """
     if known.committed and known.committed.generation == order.generation:
-        raise Refused("committed", f"cannot drop generation {order.generation} of {known.service} on {node}: it is the service's own by now")
+        raise Refused(
+            "committed",
+            f"cannot drop generation {order.generation} of {known.service} on {node}: it is the service's own by now",
+        )
 
 
 def missing_generation(known: Known, generation: int, node: str) -> Refused:
@@ -137,7 +144,8 @@ def stale(known: Known, generation: int, node: str) -> Refused:
     """Make the refusal of an order that comes too late."""
     return Refused(
         "stale_generation",
-        f"{node} has accepted generation {known.highest} of {known.service} already; an order for generation {generation} comes too late",
+        f"{node} has accepted generation {known.highest} of {known.service} already;"
+        f" an order for generation {generation} comes too late",
         hint=f"`mcp status {known.service}` shows what runs; deploy again if it is not what you want.",
     )
 
@@ -145,7 +153,6 @@ def stale(known: Known, generation: int, node: str) -> Refused:
 # ----------------------------------------------------------------- what to do
 
 Selector = Callable[[ContainerState], bool]
-
 
 
 @attrs.frozen
@@ -305,7 +312,9 @@ def _resume(known: Known) -> list[Action]:
     mine = known.committed
     if mine is None or mine.desired == "stopped" or (known.candidate and known.candidate.spec.stops_first):
         return []
-    stopped = {c.component for c in known.containers if c.generation == mine.generation and c.state in ("created", "exited")}
+    stopped = {
+        c.component for c in known.containers if c.generation == mine.generation and c.state in ("created", "exited")
+    }
     return [Launch(c, mine.generation) for c in mine.spec.components if c.name in stopped]
 
 
@@ -410,13 +419,9 @@ def with_drift(known: Known, noticed: Mapping[str, str]) -> Known:
 
     `noticed` says since when, by component ("12:03:04Z"). Drift is told and not repaired: somebody did it on purpose.
     """
-    seen = {c.component: drift_of(known, c) for c in _own(known)}
-    containers = [
-        attrs.evolve(c, problem=text)
-        if known.committed and c.generation == known.committed.generation and (text := _text(seen.get(c.component, ""), c.component, noticed))
-        else c
-        for c in known.containers
-    ]
+    own = _own(known)
+    wrong = {c.name: _text(text, c.component, noticed) for c in own if (text := drift_of(known, c))}
+    containers = [attrs.evolve(c, problem=wrong[c.name]) if c.name in wrong else c for c in known.containers]
     return attrs.evolve(known, containers=(*containers, *_missing(known, noticed)))
 
 
@@ -464,7 +469,8 @@ def drift_of(known: Known, container: ContainerState) -> str:
         return ""
     start = f"`mcp start {known.service}` starts it"
     if container.state == "restarting":
-        return f"restarts again and again (exit code {container.exit_code}, {container.restarts} times); `mcp logs {known.service}` may say why"
+        how = f"exit code {container.exit_code}, {container.restarts} times"
+        return f"restarts again and again ({how}); `mcp logs {known.service}` may say why"
     if container.out_of_memory:
         return f"ran out of memory{{}} and is down; raise `memory`, then {start}"
     if container.state == "paused":
@@ -503,17 +509,21 @@ def exited(container: ContainerState, node: str, after_s: float, lines: Iterable
     """Make the failure of a container that ended before it was healthy."""
     log = _log(container, lines)
     if container.state == "missing":
-        return WorkFailed("removed", f"{short(container.name)} on {node} was removed outside while it came up", hint="", log=log)
+        reason = f"{short(container.name)} on {node} was removed outside while it came up"
+        return WorkFailed("removed", reason, hint="", log=log)
     ended = "ran out of memory" if container.out_of_memory else f"exited with code {container.exit_code}"
     hint = "Raise `memory` in its definition." if container.out_of_memory else "Its last lines are below."
-    return WorkFailed("exited", f"{short(container.name)} on {node} {ended} after {after_s:.1f} s, before it was healthy", hint=hint, log=log)
+    reason = f"{short(container.name)} on {node} {ended} after {after_s:.1f} s, before it was healthy"
+    return WorkFailed("exited", reason, hint=hint, log=log)
 
 
 def unhealthy(container: ContainerState, node: str, after_s: float, seen: str, lines: Iterable[str]) -> WorkFailed:
     """Make the failure of a container that runs and was not healthy in time; `seen` is the last check's finding."""
     log = attrs.evolve(_log(container, lines), exit_code=None)
-    hint = "The container must listen on the port in $PORT, on all addresses." if "refused" in seen else "Its last lines are below."
-    return WorkFailed("unhealthy", f"{short(container.name)} on {node} was not healthy within {after_s:.0f} s: {seen}", hint=hint, log=log)
+    must_listen = "The container must listen on the port in $PORT, on all addresses."
+    hint = must_listen if "refused" in seen or "closed" in seen else "Its last lines are below."
+    reason = f"{short(container.name)} on {node} was not healthy within {after_s:.0f} s: {seen}"
+    return WorkFailed("unhealthy", reason, hint=hint, log=log)
 
 
 def _log(container: ContainerState, lines: Iterable[str]) -> ContainerLog:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -286,7 +287,7 @@ async def test_nothing_is_touched_when_the_disk_is_full(world: World) -> None:
     calls = list(world.engine.calls)
     failed = await failure(world, run(1))
     assert failed.code == "disk_full"
-    assert [c for c in world.engine.calls[len(calls):] if not c.startswith(("list", "facts"))] == []
+    assert [c for c in world.engine.calls[len(calls) :] if not c.startswith(("list", "facts"))] == []
     assert world.told() is None
     world.records.trouble = None
     assert isinstance(await world.asked(run(1)), WorkloadRunning)
@@ -369,7 +370,11 @@ async def test_a_container_that_is_never_healthy_fails_when_its_time_is_over(wor
     began_s = world.clock.monotonic_s()
     failed = await failure(world, run(1))
     assert 5.0 <= world.clock.monotonic_s() - began_s <= 5.5
-    assert (failed.code, failed.logs[0].lines, failed.logs[0].exit_code) == ("unhealthy", ("waiting for the moon",), None)
+    assert (failed.code, failed.logs[0].lines, failed.logs[0].exit_code) == (
+        "unhealthy",
+        ("waiting for the moon",),
+        None,
+    )
     assert "connection refused" in failed.reason
     assert "$PORT" in failed.hint
 
@@ -402,7 +407,9 @@ async def test_an_image_that_is_gone_is_fetched_again(world: World) -> None:
 
 @pytest.mark.parametrize("kind", ["fixed port", "asked for"])
 async def test_stop_first_stops_the_old_copy_and_an_undo_starts_it_again(world: World, kind: str) -> None:
-    more: dict[str, Any] = {"ports": (FixedPort(host_port=80, container_port=80),)} if kind == "fixed port" else {"update": "stop-first"}
+    more: dict[str, Any] = (
+        {"ports": (FixedPort(host_port=80, container_port=80),)} if kind == "fixed port" else {"update": "stop-first"}
+    )
     await world.deployed(1, service(component(**more)))
     world.host.taken = {("127.0.0.1", 80)}  # held by the old copy
     world.engine.images["web:2"] = Behaviour(is_local=True, ready_after_s=float("inf"))
@@ -433,8 +440,10 @@ async def test_a_path_that_hands_the_machine_over_is_refused(world: World, path:
     assert await world.records.intents() == []
 
 
-@pytest.mark.parametrize(("path", "read_only"), [("/srv/web", False), ("/etc/localtime", True), ("/etcetera", False), ("/home/x", False)])
-async def test_other_paths_are_mounted(world: World, path: str, read_only: bool) -> None:
+@pytest.mark.parametrize(
+    ("path", "read_only"), [("/srv/web", False), ("/etc/localtime", True), ("/etcetera", False), ("/home/x", False)]
+)
+async def test_other_paths_are_mounted(world: World, path: str, *, read_only: bool) -> None:
     volume = VolumeSpec(host_path=path, container_path="/data", read_only=read_only)
     assert isinstance(await world.asked(run(1, service(component(volumes=(volume,))))), WorkloadRunning)
 
@@ -466,7 +475,9 @@ async def test_a_job_that_ends_well_counts_as_healthy(world: World) -> None:
 
 
 async def test_a_health_command_is_run_in_the_container(world: World) -> None:
-    world.engine.images["web:1"] = Behaviour(is_local=True, commands={("check",): (0, ""), ("sick",): (2, "no database\n")})
+    world.engine.images["web:1"] = Behaviour(
+        is_local=True, commands={("check",): (0, ""), ("sick",): (2, "no database\n")}
+    )
     assert isinstance(await world.asked(run(1, service(component(health=HealthSpec(cmd=("check",)))))), WorkloadRunning)
     failed = await failure(world, run(2, service(component(health=HealthSpec(cmd=("sick",), timeout_s=2.0)))))
     assert "sick exited with code 2: no database" in failed.reason
@@ -493,7 +504,7 @@ async def test_a_sign_of_life_comes_every_two_seconds_even_from_a_queue(world: W
     for mine in said:
         times = [at for at, _ in mine]
         assert len(times) > 10
-        assert max(b - a for a, b in zip(times, times[1:], strict=False)) <= 2.5
+        assert max(b - a for a, b in pairwise(times)) <= 2.5
     assert said[0][-1][1].detail == "waiting until web.g1 is healthy"
     assert said[1][-1][1].detail == "waiting for an earlier order"
 
@@ -883,7 +894,10 @@ async def test_lost_records_are_made_anew_from_labels(world: World) -> None:
     await world.clock.advance(5)
     inventory = world.registrations[-1].inventory
     assert inventory.problems == ("state rebuilt from labels: 3 containers (there were no records)",)
-    assert [(r.service, r.generation, r.op) for r in inventory.services] == [("shop", 2, "deploy2"), ("web", 3, "deploy3")]
+    assert [(r.service, r.generation, r.op) for r in inventory.services] == [
+        ("shop", 2, "deploy2"),
+        ("web", 3, "deploy3"),
+    ]
     assert inventory.services[1].spec == service()
     assert world.containers() == before
     assert await world.records.ports() == {20000, 20001, 20002}

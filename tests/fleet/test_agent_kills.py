@@ -124,7 +124,9 @@ class Play:
             await self._live_and_die()
             if self.same_master:
                 assert self.world.states() == self.story.ends
-                assert [i.generation for i in await self.world.records.intents()] == [self.story.generation][: len(self.story.ends)]
+                assert [i.generation for i in await self.world.records.intents()] == [self.story.generation][
+                    : len(self.story.ends)
+                ]
             await self._look_at_the_end()
         finally:
             for life in world.lives:
@@ -168,7 +170,9 @@ class Play:
         await self.world.kill()
         if self.story.is_never_away:
             running = [name for name, state in self.world.states().items() if state == "running"]
-            assert any(len([n for n in running if n.endswith(f".g{g}")]) >= len(self.story.spec.components) for g in (1, 2, 3))
+            assert any(
+                len([n for n in running if n.endswith(f".g{g}")]) >= len(self.story.spec.components) for g in (1, 2, 3)
+            )
 
     async def _ask(self, open_asks: list[tuple[Any, str]]) -> None:
         """Ask in order; what was answered, well or not, is not asked again."""
@@ -192,7 +196,9 @@ class Play:
         assert ports <= {str(port) for port in await world.records.ports()}
         assert bool(intents) == bool(await world.records.ports())
         told = await world.asked(TakeInventory())
-        assert [(r.generation, r.candidate, r.problems) for r in told.services] == [(i.generation, None, ()) for i in intents]
+        assert [(r.generation, r.candidate, r.problems) for r in told.services] == [
+            (i.generation, None, ()) for i in intents
+        ]
         assert told.orphans == ()
 
 
@@ -220,7 +226,9 @@ async def test_killed_anywhere_and_met_by_a_new_master_it_ends_whole(name: str) 
     assert await everywhere(name, same_master=False) > 15
 
 
-@pytest.mark.parametrize("name", ["a deploy", "a deploy that stops first and fails", "a removal in the middle of a deploy"])
+@pytest.mark.parametrize(
+    "name", ["a deploy", "a deploy that stops first and fails", "a removal in the middle of a deploy"]
+)
 async def test_killed_again_while_it_recovers_it_ends_as_asked(name: str) -> None:
     at = 1
     while True:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager, suppress
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 
-from mcp.actors.actor import LATER, Actor, Alarm, Awaited, Envelope, Failure, Unheard, handles
+from mcp.actors.actor import Actor, Alarm, Awaited, Envelope, Failure, Unheard, handles
 from mcp.model.errors import AdapterError, Refused
 from mcp.model.messages import Done, Failed, Probe, TakeInventory, Working
 
@@ -29,7 +29,7 @@ class Greeter(Actor):
         return f"hello {message}"
 
     @handles
-    async def on_number(self, message: int | float, envelope: Envelope) -> None:
+    async def on_number(self, message: float | memoryview, envelope: Envelope) -> None:
         await envelope.reply.progress(Working(detail=f"at {message}"))
         await self.gate.wait()
         self.heard.append(message)
@@ -88,18 +88,18 @@ async def test_a_handler_that_returns_nothing_answers_done() -> None:
     greeter = Greeter()
     greeter.gate.set()
     async with living(greeter):
-        assert await greeter.ask(1) == Done()
+        assert await greeter.ask(1.0) == Done()
 
 
 async def test_letters_are_handled_in_order_and_one_at_a_time() -> None:
     greeter = Greeter()
     async with living(greeter):
-        asked = [asyncio.ensure_future(greeter.ask(message)) for message in (1, "after", 2.5)]
+        asked = [asyncio.ensure_future(greeter.ask(message)) for message in (1.0, "after", 2.5)]
         await asyncio.sleep(0.01)
         assert greeter.heard == []
         greeter.gate.set()
         await asyncio.gather(*asked)
-    assert greeter.heard == [1, "after", 2.5]
+    assert greeter.heard == [1.0, "after", 2.5]
 
 
 async def test_a_message_without_a_handler_is_refused_by_name() -> None:
@@ -112,7 +112,7 @@ async def test_a_message_without_a_handler_is_refused_by_name() -> None:
 
 
 async def test_methods_that_are_not_marked_are_out_of_reach() -> None:
-    assert set(Greeter.handlers) == {str, int, float, Exception, bytes}
+    assert set(Greeter.handlers) == {str, float, memoryview, Exception, bytes}
 
 
 async def test_a_subclass_has_its_parents_handlers_and_may_replace_them() -> None:
@@ -121,7 +121,7 @@ async def test_a_subclass_has_its_parents_handlers_and_may_replace_them() -> Non
     async with living(politer):
         assert await politer.ask("you") == "good morning you"
         assert await politer.ask(Probe()) == "here"
-        assert await politer.ask(3) == Done()
+        assert await politer.ask(3.0) == Done()
     assert Probe not in Greeter.handlers
 
 
@@ -141,7 +141,9 @@ async def test_our_errors_become_failures_with_code_reason_and_hint() -> None:
     assert not greeter.is_busy
 
 
-async def test_a_bug_is_logged_with_its_operation_and_answered_and_the_actor_lives_on(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_logged_with_its_operation_and_answered_and_the_actor_lives_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Buggy(Greeter):
         @handles
         async def on_probe(self, order: Probe) -> None:
@@ -161,7 +163,7 @@ async def test_a_bug_is_logged_with_its_operation_and_answered_and_the_actor_liv
 async def test_letters_left_at_stop_time_are_answered() -> None:
     greeter = Greeter()
     async with living(greeter):
-        asked = [asyncio.ensure_future(greeter.ask(message)) for message in (1, "left", b"beside")]
+        asked = [asyncio.ensure_future(greeter.ask(message)) for message in (1.0, "left", b"beside")]
         await asyncio.sleep(0.01)
         assert greeter.is_busy
     answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -228,8 +230,8 @@ async def test_progress_reaches_whoever_waits() -> None:
     greeter.gate.set()
     said: list[Any] = []
     async with living(greeter):
-        await greeter.ask(7, on_progress=said.append)
-    assert said == [Working(detail="at 7")]
+        await greeter.ask(7.0, on_progress=said.append)
+    assert said == [Working(detail="at 7.0")]
 
 
 async def test_a_task_that_fails_ends_nothing_else(caplog: pytest.LogCaptureFixture) -> None:

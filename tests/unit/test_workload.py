@@ -25,7 +25,9 @@ from mcp.model.workload import Await, Discard, Halt, Known, Launch, Make, conver
 
 def spec(*components: str, **more: Any) -> ServiceSpec:
     """A service "web" of components that take 7 s to stop."""
-    parts = tuple(ComponentSpec(name=name, image=f"{name}:1", stop_grace_s=7.0, **more) for name in components or ("web",))
+    parts = tuple(
+        ComponentSpec(name=name, image=f"{name}:1", stop_grace_s=7.0, **more) for name in components or ("web",)
+    )
     return ServiceSpec(name="web", components=parts)
 
 
@@ -50,7 +52,9 @@ def container(generation: int, component: str = "web", state: Any = "running", *
     return ContainerState(**{**facts, **more})
 
 
-def known(committed: Intent | None = None, new: Intent | None = None, *containers: ContainerState, highest: int = 0) -> Known:
+def known(
+    committed: Intent | None = None, new: Intent | None = None, *containers: ContainerState, highest: int = 0
+) -> Known:
     """What an agent knows."""
     newest = max([highest, *(i.generation for i in (committed, new) if i)])
     return Known(service="web", committed=committed, candidate=new, containers=containers, highest=newest)
@@ -75,7 +79,9 @@ def shown(actions: list[workload.Action]) -> list[str]:
 
 TWO = spec("db", "app")
 STOPS_FIRST = attrs.evolve(spec(), components=(attrs.evolve(spec().components[0], update="stop-first"),))
-FIXED = attrs.evolve(spec(), components=(attrs.evolve(spec().components[0], ports=(FixedPort(host_port=80, container_port=80),)),))
+FIXED = attrs.evolve(
+    spec(), components=(attrs.evolve(spec().components[0], ports=(FixedPort(host_port=80, container_port=80),)),)
+)
 ASLEEP = attrs.evolve(spec(), active=False)
 JOB = spec(restart="no")
 TRIES = spec(restart="on-failure:3")
@@ -153,7 +159,9 @@ ROWS: list[tuple[str, Known, str, int, list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("have", "goal", "generation", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize(
+    ("have", "goal", "generation", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS]
+)
 def test_what_is_to_be_done(have: Known, goal: Any, generation: int, expected: list[str]) -> None:
     assert shown(converge(have, goal, generation)) == expected
 
@@ -214,7 +222,9 @@ def test_no_component_ever_has_two_copies_of_one_generation(have: Known, goal: A
 def run(generation: int, of: ServiceSpec | None = None, **more: Any) -> RunWorkload:
     """An order to run a generation."""
     made = of or spec()
-    return RunWorkload(**{"service": "web", "generation": generation, "spec": made, "spec_hash": spec_hash(made), **more})
+    return RunWorkload(
+        **{"service": "web", "generation": generation, "spec": made, "spec_hash": spec_hash(made), **more}
+    )
 
 
 def refusal(check: Any, *arguments: Any) -> str:
@@ -350,7 +360,9 @@ def test_the_engines_own_words_on_a_container_are_kept_when_it_is_as_it_should_b
         (ComponentSpec(name="web", image="web:1", restart="no", health=HealthSpec(cmd=("true",))), False),
     ],
 )
-def test_a_container_that_ended_well_is_done_only_when_it_has_nothing_to_serve(component: ComponentSpec, expected: bool) -> None:
+def test_a_container_that_ended_well_is_done_only_when_it_has_nothing_to_serve(
+    component: ComponentSpec, *, expected: bool
+) -> None:
     assert workload.is_completed(component, container(1, state="exited")) is expected
 
 
