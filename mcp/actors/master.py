@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import attrs
+
+from mcp.actors.streams import LogStreams
 from mcp.bus.calls import CallFailed
 from mcp.bus.codec import size_of
 from mcp.bus.links import MasterLink, Report, Request
-
-from mcp.actors.streams import LogStreams
 from mcp.bus.transport import MAX_BODY_BYTES
 from mcp.model.effects import (
     BusBack,
@@ -50,17 +50,8 @@ from mcp.model.errors import (
     Refused,
 )
 from mcp.model.master import Master
-from mcp.model.messages import (
-    Done,
-    Failed,
-    FleetStatus,
-    Invited,
-    Join,
-    Joined,
-    LogLines,
-    NodeHealthChanged,
-    Register,
-)
+from mcp.model.messages import Done, Failed, Join, Joined, LogLines, Register
+from mcp.model.operator_messages import FleetStatus, Invited, NodeHealthChanged
 from mcp.model.ports import Clock, Enrolment, IdSource
 from mcp.model.saga import failed_from
 

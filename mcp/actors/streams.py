@@ -11,12 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import attrs
+
 from mcp.bus.calls import CallFailed
 from mcp.bus.links import MasterLink
-
 from mcp.model.effects import FeedStream, OpenStream, Say
 from mcp.model.errors import McpError, NobodyListens
-from mcp.model.messages import Done, GrantLogCredit, LogLines, LogsEnded, StreamLogs
+from mcp.model.messages import Done, GrantLogCredit, LogLines, StreamLogs
+from mcp.model.operator_messages import LogsEnded
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,12 @@ from mcp.model.effects import (
 )
 from mcp.model.errors import McpError, Refused
 from mcp.model.fleet import Fleet, Node
-from mcp.model.messages import (
-    AbandonWork,
+from mcp.model.messages import AbandonWork, Done, StreamLogs
+from mcp.model.names import is_node_name
+from mcp.model.operations import OPERATIONS_KEPT, Desk, ended_message
+from mcp.model.operator_messages import (
     CancelOperation,
     DeployService,
-    Done,
     ExplainNode,
     FleetStatus,
     FollowLogs,
@@ -44,11 +45,8 @@ from mcp.model.messages import (
     StartService,
     Step,
     StopService,
-    StreamLogs,
     UndeployService,
 )
-from mcp.model.names import is_node_name
-from mcp.model.operations import OPERATIONS_KEPT, Desk, ended_message
 from mcp.model.saga import Job, Operation, Order, failed_from
 
 NewId = Callable[[], str]

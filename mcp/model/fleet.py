@@ -16,7 +16,6 @@ from mcp.model.messages import (
     Heartbeat,
     Inventory,
     NodeFacts,
-    NodeHealth,
     OperationRecord,
     Resources,
     Role,
@@ -24,6 +23,7 @@ from mcp.model.messages import (
     ServiceGone,
     ServiceRecord,
 )
+from mcp.model.operator_messages import NodeHealth
 
 EVIDENCE_KEPT = 50
 """Signs remembered for each node: enough for `mcp node why`, bounded for a master that runs for years."""

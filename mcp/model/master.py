@@ -35,7 +35,6 @@ from mcp.model.messages import (
     EngineChanged,
     Heartbeat,
     Inventory,
-    NodeHealthChanged,
     NodeLeaving,
     Probe,
     ProbeAnswer,
@@ -48,6 +47,7 @@ from mcp.model.messages import (
     Working,
 )
 from mcp.model.operations import Desk
+from mcp.model.operator_messages import NodeHealthChanged
 from mcp.model.saga import (
     Job,
     Order,

@@ -11,7 +11,7 @@ import attrs
 from mcp.model import deploy
 from mcp.model.effects import Effect, Say, Tell
 from mcp.model.fleet import Fleet, Node
-from mcp.model.messages import DeploymentFinished, OperationEnded, OperationProgress
+from mcp.model.operator_messages import DeploymentFinished, OperationEnded, OperationProgress
 from mcp.model.saga import Answer, Ended, Job, Moved, Operation, Order, Out, Send
 
 OPERATIONS_KEPT = 200

@@ -12,7 +12,8 @@ import attrs
 
 from mcp.model.errors import NoNodeFits
 from mcp.model.fleet import Fleet, Node
-from mcp.model.messages import ImageFacts, PlacementRow
+from mcp.model.messages import ImageFacts
+from mcp.model.operator_messages import PlacementRow
 from mcp.model.spec import ServiceSpec
 
 GIB = 1024**3

@@ -14,15 +14,8 @@ import attrs
 
 from mcp.model.errors import McpError
 from mcp.model.fleet import Debt, Fleet
-from mcp.model.messages import (
-    ContainerLog,
-    Failed,
-    ImageFacts,
-    Outcome,
-    ServiceRecord,
-    Step,
-    StepState,
-)
+from mcp.model.messages import ContainerLog, Failed, ImageFacts, ServiceRecord
+from mcp.model.operator_messages import Outcome, Step, StepState
 from mcp.model.spec import ServiceSpec
 
 RETURN_TIMEOUT_S = 60.0

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 from mcp.model.fleet import EXPLANATIONS, Fleet, Node
-from mcp.model.messages import (
-    ContainerState,
+from mcp.model.messages import ContainerState, ServiceRecord
+from mcp.model.operator_messages import (
     Evidence,
     NodeEvidence,
     NodeRow,
     OperationRow,
     RouteRow,
-    ServiceRecord,
     ServiceRow,
     ServiceState,
 )

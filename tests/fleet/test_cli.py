@@ -17,15 +17,12 @@ from mcp.bus.transport import Transport
 from mcp.cli import run as cli
 from mcp.cli import session
 from mcp.model.errors import BusUnreachable, NotPermitted
-from mcp.model.messages import (
+from mcp.model.messages import ContainerLog, ContainerState, Done, Failed, LogLine, LogLines
+from mcp.model.operator_messages import (
     CancelOperation,
-    ContainerLog,
-    ContainerState,
     DeployService,
-    Done,
     Evidence,
     ExplainNode,
-    Failed,
     FleetStatus,
     FollowLogs,
     FollowOperation,
@@ -34,8 +31,6 @@ from mcp.model.messages import (
     Invited,
     InviteNode,
     ListOperations,
-    LogLine,
-    LogLines,
     LogsEnded,
     NodeEvidence,
     NodeRow,

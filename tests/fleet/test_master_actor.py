@@ -20,30 +20,22 @@ from mcp.model.fleet import HealthRules
 from mcp.model.master import Master, MasterRules
 from mcp.model.messages import (
     CommitWorkload,
-    DeployService,
     DescribeImages,
     Done,
     Failed,
-    FollowLogs,
-    FollowOperation,
-    GetStatus,
     GrantLogCredit,
-    GrantReaderCredit,
     ImageFacts,
     ImagesDescribed,
     ImagesPulled,
     Inventory,
-    InviteNode,
     Join,
     LogLine,
     LogLines,
     NodeFacts,
-    OperationAccepted,
     Probe,
     ProbeAnswer,
     PullImages,
     Register,
-    RemoveNode,
     Resources,
     RunWorkload,
     ServiceChanged,
@@ -51,6 +43,16 @@ from mcp.model.messages import (
     StreamLogs,
     TakeInventory,
     WorkloadRunning,
+)
+from mcp.model.operator_messages import (
+    DeployService,
+    FollowLogs,
+    FollowOperation,
+    GetStatus,
+    GrantReaderCredit,
+    InviteNode,
+    OperationAccepted,
+    RemoveNode,
 )
 from mcp.model.ports import Enrolled
 from mcp.model.spec import ComponentSpec, ServiceSpec, spec_hash

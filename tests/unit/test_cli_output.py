@@ -147,7 +147,7 @@ def test_each_error_has_its_exit_code(error: errors.McpError, code: int) -> None
 def test_every_outcome_a_master_may_tell_has_an_exit_code() -> None:
     from typing import get_args
 
-    from mcp.model.messages import Outcome
+    from mcp.model.operator_messages import Outcome
 
     assert set(exits.OUTCOMES) == set(get_args(Outcome))
 

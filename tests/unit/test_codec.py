@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mcp.bus.codec import MAX_CONTAINERS, decode, encode, from_plain, open_frame, seal, size_of, to_plain
 from mcp.bus.transport import MAX_BODY_BYTES, Frame
+from mcp.model import operator_messages as _operator_messages  # noqa: F401 - with it the catalogue is complete
 from mcp.model.catalogue import CATALOGUE, Declared
 from mcp.model.errors import MalformedMessage
 from mcp.model.messages import EngineChanged, Failed, Heartbeat, LogLine, LogLines, Probe, Registered, Resources

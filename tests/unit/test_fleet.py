@@ -6,7 +6,7 @@ from itertools import product
 from typing import get_args
 
 from mcp.model.fleet import TRANSITIONS, Fleet, HealthRules, Node, Sign
-from mcp.model.messages import NodeHealth
+from mcp.model.operator_messages import NodeHealth
 
 AFTER = {
     Sign.ALIVE: "healthy",

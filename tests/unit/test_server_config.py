@@ -22,6 +22,7 @@ from mcp.bus.server_config import Listen, User, endpoint, render
 from mcp.bus.subjects import DEPLOYING, LOOKING, Grant, grant, operator_grant
 from mcp.bus.toml_text import toml_text
 from mcp.config import load_agent, load_bus, load_cli, load_master
+from mcp.model import operator_messages as _operator_messages  # noqa: F401 - with it the catalogue is complete
 from mcp.model.catalogue import CATALOGUE, Lane
 from mcp.model.errors import AdapterError, Refused
 
