@@ -28,6 +28,8 @@ class NetworkChecks:
             return f"no answer within {CHECK_TIMEOUT_S:g} s"
         except ConnectionRefusedError:
             return "connection refused"
+        except (ConnectionResetError, BrokenPipeError):
+            return _hung_up(health.path)
         except OSError as error:
             return (error.strerror or str(error)).lower()
 
@@ -39,7 +41,7 @@ class NetworkChecks:
                 head = f"GET {path or '/'} HTTP/1.1\r\nHost: {address}\r\nUser-Agent: mcp\r\nConnection: close\r\n\r\n"
                 writer.write(head.encode())
             if path:
-                return _status(await reader.readline())
+                return await _status(reader)
             return await _is_held(reader, HTTP_HOLD_S if speaks_http else HOLD_S)
         finally:
             writer.transport.abort()
@@ -51,13 +53,24 @@ async def _is_held(reader: asyncio.StreamReader, hold_s: float) -> str:
     """Say whether the peer keeps the connection (or answers) for a moment."""
     try:
         async with asyncio.timeout(hold_s):
-            return "" if await reader.read(1) else "closed at once"
+            return "" if await reader.read(1) else _hung_up("")
     except TimeoutError:
         return ""
 
 
-def _status(line: bytes) -> str:
+async def _status(reader: asyncio.StreamReader) -> str:
+    try:
+        line = await reader.readline()
+    except ValueError:  # longer than the reader's buffer
+        return "no HTTP answer"
+    if not line:
+        return _hung_up("/")
     words = line.decode("latin-1").split()
     if len(words) < 2 or not words[0].startswith("HTTP/") or not words[1].isdigit():
-        return "closed without an answer" if not line else "no HTTP answer"
+        return "no HTTP answer"
     return "" if 200 <= int(words[1]) < 400 else f"HTTP {words[1]}"
+
+
+def _hung_up(path: str) -> str:
+    """Say that the peer hung up: with or without a reset depends on who was quicker."""
+    return "closed without an answer" if path else "closed at once"

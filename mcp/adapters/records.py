@@ -31,7 +31,7 @@ ANSWERS_KEPT_S = 24 * 3600.0
 ANSWERS_KEPT = 1000
 """How long, and how many, recorded answers to orders are kept: the same order again gets the same answer."""
 
-LOCKED_OUT_S = 5.0
+LOCKED_OUT_S = 2.0
 """How long opening waits for another agent to let go of the file."""
 
 SMALLEST_PAGE_BYTES = 512
