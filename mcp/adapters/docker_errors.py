@@ -1,8 +1,8 @@
 """The engine's errors in our words: three shapes of DockerError, plus what aiohttp and the clock raise.
 
-Codes: engine_down, engine_frozen, engine_denied, engine_error; image_missing, platform_missing, auth_failed, registry_tls,
-registry_unreachable, image_damaged, no_space; name_taken, removal_in_progress, container_missing, network_missing,
-not_running; port_in_use, address_missing, bad_mount, bad_command, bad_user, bad_request.
+Codes: engine_down, engine_frozen, engine_denied, engine_error, no_space; image_missing, image_damaged, platform_missing,
+auth_failed, registry_tls, registry_unreachable, registry_refused; name_taken, removal_in_progress, container_missing,
+network_missing, not_running; port_in_use, address_missing, bad_mount, bad_command, bad_user, bad_request.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ _EVERYWHERE: _Rules = (
 _OF_REGISTRIES: _Rules = (
     ("no matching manifest|does not match the (specified|expected) platform|no match for platform",
      "platform_missing", False, "Build the image for that architecture, or pin the service to another node."),
-    ("unauthorized|no basic auth|authentication required|access .*denied|access to the resource is denied|401|403 forbidden",
+    ("unauthorized|no basic auth|authentication required|access .*denied|\\b401\\b|403 forbidden",
      "auth_failed", False, "Set the registry's user and password in mcp-agent.toml, [registry]."),
     ("manifest unknown|name unknown|repository does not exist|not found|no such image",
      "image_missing", False, "Check the image's name and tag, and that it was pushed."),
     ("http response to https client|x509|certificate|tls:",
      "registry_tls", False, "Give the registry a certificate that the engine trusts, or name it in its insecure-registries."),
-    ("filesystem layer verification failed|digest|checksum|unexpected eof|invalid tar|gzip",
+    ("filesystem layer verification failed|digest|checksum|invalid tar|gzip",
      "image_damaged", True, "Push the image again if it happens twice."),
-    ("connection refused|no such host|timeout|deadline exceeded|timed out|connection reset|no route|unreachable|eof|dial ",
+    ("toomanyrequests|too many requests", "registry_refused", True, "Wait, or give the registry a user with a higher limit."),
+    ("connection refused|no such host|timeout|deadline exceeded|timed out|connection reset|unreachable|eof|dial |http status",
      "registry_unreachable", True, "Is the registry up and reachable from that node?"),
 )  # fmt: skip
 
