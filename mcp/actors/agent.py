@@ -12,8 +12,9 @@ import attrs
 
 from mcp.actors.actor import Actor, Alarm, Envelope, Unheard, failed_from, handles
 from mcp.actors.agent_logs import LogSender
+from mcp.actors.in_hand import InHand
 from mcp.actors.node_state import NodeState
-from mcp.actors.workload import Converge, InHand, WorkloadActor
+from mcp.actors.workload import Converge, WorkloadActor
 from mcp.bus.codec import from_plain, size_of
 from mcp.bus.links import AgentLink, Order
 from mcp.model import workload as model
@@ -162,7 +163,7 @@ class AgentActor(Actor):
         self._must_adopt = bool(records.rebuilt_reason)
         await node.ports.load()
         for intent in await records.intents():
-            self._workload(intent.service).believe(intent)
+            self._workload(intent.service).body.believe(intent)
         await self._look_first()
         self._link.on_back = self._on_bus_back
         self.spawn(self._enter(), name="registration")
@@ -317,7 +318,7 @@ class AgentActor(Actor):
             epoch=self._epoch,
             engine=self.node.engine.state,
             resources=self.node.host.resources(),
-            containers=sum(len(workload.known.containers) for workload in self._workloads.values()),
+            containers=sum(len(workload.body.known.containers) for workload in self._workloads.values()),
             inventory_version=self.version,
             clock_s=self.node.clock.wall_s(),
             problems=self._problems(),
@@ -441,7 +442,7 @@ class AgentActor(Actor):
             if workload.is_idle and workload.told is None:
                 del self._workloads[service]
                 self._lives.pop(service).cancel()
-                self._past[service] = workload.known.highest
+                self._past[service] = workload.body.known.highest
         while len(self._past) > PAST_KEPT:
             del self._past[next(iter(self._past))]
 
@@ -497,8 +498,8 @@ class AgentActor(Actor):
         if not is_service_name(event.service):
             return
         workload = self._workload(event.service)
-        workload.hear(event)
-        if not workload.is_working:
+        workload.body.hear(event)
+        if not workload.body.is_working:
             self._look_again(event.service)
 
     def _look_again(self, service: str) -> None:
@@ -520,11 +521,11 @@ class AgentActor(Actor):
             await self.node.clock.sleep(LOOK_AGAIN_S)
 
     async def _look_at(self, workload: WorkloadActor) -> None:
-        if workload.is_working:
+        if workload.body.is_working:
             return
         found = await self.node.engine.containers.list(workload.service)
-        if not workload.is_working:
-            workload.see(found)
+        if not workload.body.is_working:
+            workload.body.see(found)
             await self._tell_service(workload)
 
     async def _list_in_time(self) -> None:
@@ -550,8 +551,8 @@ class AgentActor(Actor):
             services.setdefault(container.service, []).append(container)
         for service, containers in services.items():
             workload = self._workload(service)
-            if not workload.is_working:
-                workload.see(containers)
+            if not workload.body.is_working:
+                workload.body.see(containers)
         if self._must_settle:
             self._must_settle = False
             self._settle()
@@ -564,7 +565,7 @@ class AgentActor(Actor):
         for service, workload in self._workloads.items():
             is_all = victims is None or workload.owed is not None
             only = None if is_all else (victims or {}).get(service, frozenset())
-            if workload.known.committed:
+            if workload.body.known.committed:
                 workload.tell(Converge(goal="settle", only=only))
 
     async def _adopt(self, found: list[ContainerState]) -> None:
@@ -582,7 +583,7 @@ class AgentActor(Actor):
         for intent in model.adopt(read):
             mine = [c for c in found if (c.service, c.generation) == (intent.service, intent.generation)]
             await self.node.records.accept(intent, model.ports_of(mine))
-            self._workload(intent.service).believe(intent)
+            self._workload(intent.service).body.believe(intent)
         await self.node.ports.load()
         if read:
             self._rebuilt = f"state rebuilt from labels: {len(read)} containers ({self.node.records.rebuilt_reason})"

@@ -513,7 +513,7 @@ def exited(container: ContainerState, node: str, after_s: float, lines: Iterable
         return WorkFailed("removed", reason, hint="", log=log)
     ended = "ran out of memory" if container.out_of_memory else f"exited with code {container.exit_code}"
     hint = "Raise `memory` in its definition." if container.out_of_memory else "Its last lines are below."
-    reason = f"{short(container.name)} on {node} {ended} after {after_s:.1f} s, before it was healthy"
+    reason = f"{short(container.name)} on {node} {ended} after {after_s:.1f} s, before the service was healthy"
     return WorkFailed("exited", reason, hint=hint, log=log)
 
 

@@ -954,3 +954,14 @@ async def test_orders_of_a_deposed_master_that_wait_in_the_mailbox_are_refused(w
     await world.clock.advance(0)
     assert order.exception().code == "stale_epoch"  # type: ignore[union-attr]
     await asyncio.sleep(0)
+
+
+async def test_a_component_that_ends_while_a_later_one_comes_up_fails_the_service_at_once(world: World) -> None:
+    world.engine.images["db:1"] = Behaviour(is_local=True, exits_after_s=2.0, exit_code=9, says=("no space",))
+    world.engine.images["api:1"] = Behaviour(is_local=True, ready_after_s=4.0)
+    began_s = world.clock.monotonic_s()
+    failed = await failure(world, run(1, service(component("db"), component("api"))))
+    assert world.clock.monotonic_s() - began_s < 2.1
+    assert failed.code == "exited"
+    assert "web.db.g1 on orion exited with code 9" in failed.reason
+    assert failed.logs[0].lines == ("no space",)

@@ -368,7 +368,7 @@ def test_a_container_that_ended_well_is_done_only_when_it_has_nothing_to_serve(
 
 def test_failures_say_what_where_and_why() -> None:
     gone = workload.exited(container(4, state="exited", exit_code=3), "orion", 0.34, ["boom"])
-    assert str(gone) == "web.g4 on orion exited with code 3 after 0.3 s, before it was healthy"
+    assert str(gone) == "web.g4 on orion exited with code 3 after 0.3 s, before the service was healthy"
     assert gone.failed.logs[0].lines == ("boom",)
     assert gone.failed.logs[0].exit_code == 3
     sick = workload.unhealthy(container(4), "orion", 30.2, "connection refused", [])
