@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from mcp.bus import subjects
 from mcp.bus.subjects import ConnectionRole, Grant
 from mcp.bus.transport import Frame, LinkState, OnFrame, check_frame
 from mcp.model.errors import BusUnreachable
+
+log = logging.getLogger(__name__)
 
 
 def _quiet_state(_: LinkState) -> None:
@@ -160,7 +163,12 @@ class MemoryTransport:
 
     def _hand_over(self, subscription: MemorySubscription, frame: Frame) -> None:
         if self.is_connected and subscription in self._subscriptions:
-            subscription.on_frame(frame)
+            try:
+                subscription.on_frame(frame)
+            except Exception:
+                log.exception(
+                    "a frame on %s could not be taken in", frame.subject
+                )  # as on the real one: the next is heard
 
     def _check_connected(self) -> None:
         if not self.is_connected:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
@@ -103,7 +104,7 @@ def test_a_message_that_was_tampered_with_is_read_or_refused_and_nothing_else(
                 body[at:at] = body[:at]
     kind = data.draw(st.sampled_from(KINDS))
     for each in (entry_of(message).kind, kind):
-        assert is_read_or_refused(lambda each=each: decode(each, bytes(body)))
+        assert is_read_or_refused(partial(decode, each, bytes(body)))
 
 
 NASTY = (
