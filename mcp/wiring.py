@@ -14,16 +14,20 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mcp import __version__
 from mcp.bus.codec import from_plain, to_plain
 from mcp.bus.keys import read_key
 from mcp.bus.nats_bus import BusAddress, Credential, NatsTransport, connect
 from mcp.bus.subjects import ConnectionRole
-from mcp.config import AgentConfig, BusAccess, MasterConfig, read_passwords
+from mcp.config.reading import BusAccess
 from mcp.model.errors import AdapterError, Refused
 from mcp.model.spec import ServiceSpec
+
+if TYPE_CHECKING:
+    from mcp.config.agent import AgentConfig
+    from mcp.config.master import MasterConfig
 
 log = logging.getLogger(__name__)
 
@@ -248,6 +252,7 @@ async def _engine(config: AgentConfig) -> AsyncIterator[Any]:
         yield None
         return
     from mcp.adapters.docker import DockerEngine
+    from mcp.config.agent import read_passwords
 
     engine = DockerEngine(
         config.docker_url,

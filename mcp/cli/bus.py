@@ -20,7 +20,7 @@ def run(config: str) -> int:
     import time
 
     from mcp.bus.server import run_bus
-    from mcp.config import load_bus
+    from mcp.config.bus import load_bus
 
     settings = load_bus(config or home_folder() / "mcp-bus.toml")
     run_bus(settings, time.time())

@@ -29,7 +29,7 @@ def master() -> NoReturn:
     args = parser.parse_args()
 
     def begin() -> Coroutine[Any, Any, None]:
-        from mcp.config import load_master
+        from mcp.config.master import load_master
         from mcp.wiring import run_master
 
         return run_master(load_master(args.config))
@@ -50,7 +50,7 @@ def agent() -> NoReturn:
     args = parser.parse_args()
 
     def begin() -> Coroutine[Any, Any, None]:
-        from mcp.config import load_agent
+        from mcp.config.agent import load_agent
         from mcp.wiring import run_agent
 
         return run_agent(load_agent(args.config))

@@ -17,7 +17,7 @@ from mcp.model.errors import BadDefinition, McpError, Refused
 
 if TYPE_CHECKING:
     from mcp.cli.output import Output
-    from mcp.config import CliConfig
+    from mcp.config.cli import CliConfig
 
 UNITS = ("mcp-bus", "mcp-master", "mcp-agent")
 
@@ -176,7 +176,7 @@ def _parsed(text: str, file: str) -> CliConfig:
     import tempfile
 
     from mcp.bus.keys import key_of
-    from mcp.config import load_cli
+    from mcp.config.cli import load_cli
 
     shown = "standard input" if file == "-" else file
     with tempfile.NamedTemporaryFile("w", suffix=".mcp", encoding="utf-8") as copy:  # made 0600
@@ -203,7 +203,7 @@ def _kept_tables(path: Path, new: CliConfig, *, force: bool) -> str:
         Refused: it is of another fleet.
     """
     from mcp.bus.toml_text import toml_text
-    from mcp.config import load_cli
+    from mcp.config.cli import load_cli
 
     if not path.exists():
         return ""

@@ -142,7 +142,7 @@ def _with_enrolment(home: str, work: Callable[[FileEnrolment], Awaitable[int]]) 
     from mcp.bus.enrolment import FileEnrolment
     from mcp.bus.place import ServerPlace
     from mcp.bus.system import OnDemand
-    from mcp.config import load_bus
+    from mcp.config.bus import load_bus
 
     place = ServerPlace.of(load_bus((Path(home) if home else home_folder()).absolute() / "mcp-bus.toml"))
     enrolment = FileEnrolment(place, SystemClock(), OnDemand(lambda: _system_connection(place)))

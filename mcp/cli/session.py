@@ -14,7 +14,7 @@ from mcp.bus.plain import Declined, OnPlain, Plain, PlainLink
 from mcp.cli import exits
 from mcp.cli.output import Output
 from mcp.cli.settings import Settings
-from mcp.config import CliConfig, load_cli
+from mcp.config.cli import CliConfig, load_cli
 from mcp.model.errors import BadDefinition, BusUnreachable, NoAnswer, NobodyListens, NotPermitted
 
 CONNECT_S = 1.6

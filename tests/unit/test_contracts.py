@@ -17,7 +17,7 @@ WRONG = {
     "mcp/bus/files.py": ("mcp.actors.actor", "aiodocker", "cattrs"),
     "mcp/actors/actor.py": ("mcp.adapters.clock", "nats.aio.client", "aiohttp"),
     "mcp/adapters/clock.py": ("mcp.actors.actor", "mcp.bus.codec", "click"),
-    "mcp/config.py": ("mcp.wiring", "nacl.signing"),
+    "mcp/config/reading.py": ("mcp.wiring", "nacl.signing"),
     "mcp/cli/exits.py": ("cryptography.x509", "click", "mcp.wiring"),
 }
 """Imports to add at the end of a file; those that are allowed after all are in RIGHT."""

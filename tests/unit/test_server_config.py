@@ -21,7 +21,10 @@ from mcp.bus.server import check, find_binary, free_port, port_owner, refuse_tak
 from mcp.bus.server_config import Listen, User, endpoint, render
 from mcp.bus.subjects import DEPLOYING, LOOKING, Grant, grant, operator_grant
 from mcp.bus.toml_text import toml_text
-from mcp.config import load_agent, load_bus, load_cli, load_master
+from mcp.config.agent import load_agent
+from mcp.config.bus import load_bus
+from mcp.config.cli import load_cli
+from mcp.config.master import load_master
 from mcp.model import operator_messages as _operator_messages  # noqa: F401 - with it the catalogue is complete
 from mcp.model.catalogue import CATALOGUE, Lane
 from mcp.model.errors import AdapterError, Refused
