@@ -94,6 +94,7 @@ class DemoFleet:
         self._agent_tables = agents or {}
         self._per_node = per_node or {}
         self._had_network = True
+        self._has_used_engine = False
 
     # ---------------------------------------------------------------- the whole
 
@@ -122,9 +123,11 @@ class DemoFleet:
                 self.children[name].stop()
         for child in self.children.values():
             child.stop()
-        if self.engine_url:
-            self.remove_containers()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            if self._has_used_engine:
+                self.remove_containers()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         try:
@@ -331,6 +334,7 @@ class DemoFleet:
         await engine.check(self.engine_url)
         await engine.refuse_foreign_containers(self.engine_url, [node.name for node in self.nodes], self.network)
         left = await self._left_behind()
+        self._has_used_engine = True
         await engine.clean(self.engine_url, self.network, remove_network=left)
         self._had_network = await self._is_there()
 

@@ -122,9 +122,18 @@ NEVER = NodeRow(name="ghost", role="worker", health="unknown", problems=(f"ghost
 STATUS = FleetStatus(master="rift", epoch=7, services=(SERVICE,), nodes=(ORION, NEVER), problems=(f"bad {ESCAPE}",))
 STEP = Step(step="run", node="orion", state="done", seconds=0.4, detail=f"generation 1 {ESCAPE}")
 ENDED = OperationEnded(
-    op="4f2c", service="web", kind="deploy", node="orion", outcome="deployed", steps=(STEP,), seconds=1.2, warnings=("careful",)
+    op="4f2c",
+    service="web",
+    kind="deploy",
+    node="orion",
+    outcome="deployed",
+    steps=(STEP,),
+    seconds=1.2,
+    warnings=("careful",),
 )
-ROW = OperationRow(op="4f2c", service="web", kind="deploy", node="orion", operator="kyle", state="running", steps=(STEP,))
+ROW = OperationRow(
+    op="4f2c", service="web", kind="deploy", node="orion", operator="kyle", state="running", steps=(STEP,)
+)
 PLAN = Plan(
     service="web",
     changes=True,
@@ -203,9 +212,16 @@ def master(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Master:
     made = Master()
     monkeypatch.setattr(session, "connect", made.connect)
     made.finally_says(GetStatus, STATUS)
-    made.finally_says(ExplainNode, NodeEvidence(node=ORION, explanation="orion is healthy: it beats", evidence=(
-        Evidence(at="2026-01-01T00:00:00Z", age_s=4.0, sign="BEAT", health="healthy", detail=f"x{ESCAPE}"),
-    )))
+    made.finally_says(
+        ExplainNode,
+        NodeEvidence(
+            node=ORION,
+            explanation="orion is healthy: it beats",
+            evidence=(
+                Evidence(at="2026-01-01T00:00:00Z", age_s=4.0, sign="BEAT", health="healthy", detail=f"x{ESCAPE}"),
+            ),
+        ),
+    )
     made.finally_says(ListOperations, OperationList(operations=(ROW,)))
     made.finally_says(FollowOperation, ENDED)
     made.finally_says(CancelOperation, Done(detail="4f2c is being undone"))
@@ -214,8 +230,11 @@ def master(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Master:
     made.finally_says(PlanService, OperationProgress(op="p"), PLAN)
     for kind in (DeployService, UndeployService, StopService, StartService, RestartService):
         made.finally_says(
-            kind, OperationAccepted(op="4f2c", service="web", kind="deploy"), OperationProgress(op="4f2c"),
-            OperationProgress(op="4f2c", step=STEP), ENDED,
+            kind,
+            OperationAccepted(op="4f2c", service="web", kind="deploy"),
+            OperationProgress(op="4f2c"),
+            OperationProgress(op="4f2c", step=STEP),
+            ENDED,
         )
     return made
 
@@ -297,7 +316,9 @@ def test_the_keys_of_the_contract_are_there(master: Master, capsys: pytest.Captu
 
 def test_status_puts_its_parts_together(master: Master, capsys: pytest.CaptureFixture[str]) -> None:
     master.finally_says(
-        GetStatus, FleetStatus(master="rift", services=(SERVICE,), part=1, parts=2), FleetStatus(master="rift", nodes=(ORION,), part=2, parts=2)
+        GetStatus,
+        FleetStatus(master="rift", services=(SERVICE,), part=1, parts=2),
+        FleetStatus(master="rift", nodes=(ORION,), part=2, parts=2),
     )
     status = asked(master, capsys, "status")
     assert (len(status["services"]), len(status["nodes"])) == (1, 1)
@@ -318,7 +339,13 @@ def test_the_outcome_decides_the_exit_code(
         DeployService,
         OperationAccepted(op="4f2c", service="web", kind="deploy"),
         OperationEnded(
-            op="4f2c", service="web", kind="deploy", outcome=outcome, reason="it exited", logs=(log,), leftovers=("a thing",)
+            op="4f2c",
+            service="web",
+            kind="deploy",
+            outcome=outcome,
+            reason="it exited",
+            logs=(log,),
+            leftovers=("a thing",),
         ),
     )
     assert cli.run(("deploy", "web")) == code
@@ -338,7 +365,12 @@ def test_no_bus_no_master_and_a_wrong_credential_are_told_apart(
 ) -> None:
     texts = []
     for refuses, is_there, code, name in (
-        (BusUnreachable("cannot connect to the bus at 127.0.0.1:4222: nothing listens there"), True, 4, "bus_unreachable"),
+        (
+            BusUnreachable("cannot connect to the bus at 127.0.0.1:4222: nothing listens there"),
+            True,
+            4,
+            "bus_unreachable",
+        ),
         (None, False, 4, "no_master"),
         (NotPermitted("does not accept the credential", subject=""), True, 3, "wrong_credential"),
     ):
@@ -388,7 +420,14 @@ def test_a_plan_that_nobody_can_take_exits_3_and_one_without_changes_0(
 ) -> None:
     master.finally_says(
         PlanService,
-        Plan(service="web", changes=False, world="w", can_place=False, reason="cannot place web: no node fits\n  orion  memory", hint="Free memory."),
+        Plan(
+            service="web",
+            changes=False,
+            world="w",
+            can_place=False,
+            reason="cannot place web: no node fits\n  orion  memory",
+            hint="Free memory.",
+        ),
     )
     assert cli.run(("plan", "web")) == 3
     assert "  orion  memory" in capsys.readouterr().err
@@ -505,7 +544,13 @@ def two_components() -> FleetStatus:
         service="web", component="db", name="mcp.web.db.g1", image="db:1", state="running", spec_hash="a", generation=1
     )
     row = ServiceRow(
-        name="web", tier="worker", node="orion", state="running", spec_hash="a", generation=1, components=(CONTAINER, other)
+        name="web",
+        tier="worker",
+        node="orion",
+        state="running",
+        spec_hash="a",
+        generation=1,
+        components=(CONTAINER, other),
     )
     return FleetStatus(master="rift", services=(row,))
 
@@ -516,7 +561,11 @@ def test_logs_are_merged_by_their_time_stamps_with_the_component_in_front(
     master.finally_says(GetStatus, two_components())
     master.finally_says(
         FollowLogs,
-        LogLines(stream="s", sequence=1, lines=(line("2026-01-01T00:00:01Z", "one"), line("2026-01-01T00:00:03Z", f"three{ESCAPE}"))),
+        LogLines(
+            stream="s",
+            sequence=1,
+            lines=(line("2026-01-01T00:00:01Z", "one"), line("2026-01-01T00:00:03Z", f"three{ESCAPE}")),
+        ),
         LogLines(stream="s", sequence=2, lines=(line("2026-01-01T00:00:01.5Z", "two", "db"),)),
         LogsEnded(notes=("web: exited with code 3",)),
     )
@@ -530,7 +579,9 @@ def test_logs_are_merged_by_their_time_stamps_with_the_component_in_front(
 
 def test_logs_as_json_are_one_object_per_line(master: Master, capsys: pytest.CaptureFixture[str]) -> None:
     master.finally_says(
-        FollowLogs, LogLines(stream="s", sequence=1, node="orion", lines=(line("2026-01-01T00:00:01Z", "one"),)), LogsEnded()
+        FollowLogs,
+        LogLines(stream="s", sequence=1, node="orion", lines=(line("2026-01-01T00:00:01Z", "one"),)),
+        LogsEnded(),
     )
     assert cli.run(("logs", "web", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "one"
@@ -562,5 +613,3 @@ def test_a_lost_node_makes_the_logs_incomplete_and_the_exit_code_says_so(
     master.finally_says(FollowLogs, LogsEnded(notes=("lost orion",)))
     assert cli.run(("logs", "web")) == 4
     assert "lost orion" in capsys.readouterr().err
-
-

@@ -60,7 +60,9 @@ def test_an_invitation_is_one_line_on_stdout_and_works_once(fleet: DemoFleet, tm
     assert "extra" not in [row["name"] for row in fleet.json("node", "list")["nodes"]]
 
 
-@pytest.mark.parametrize("token", ["", "x", "mcpj1_", "mcpj9_100.64.0.1:4222_AAAA", "mcpj1_100.64.0.1:4222_AAAA", "\u202e"])
+@pytest.mark.parametrize(
+    "token", ["", "x", "mcpj1_", "mcpj9_100.64.0.1:4222_AAAA", "mcpj1_100.64.0.1:4222_AAAA", "\u202e"]
+)
 def test_a_damaged_token_is_refused_in_words(token: str, fleet: DemoFleet, tmp_path: Path) -> None:
     done = subprocess.run(
         resolved(["mcp-agent", "join", token, "--home", str(tmp_path)]),
@@ -80,7 +82,8 @@ def test_a_second_init_refuses_and_changes_nothing(fleet: DemoFleet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "address", "code"), [("Rift", "127.0.1.1", 3), ("master", "127.0.1.1", 3), ("rift", "0.0.0.0", 2), ("rift", "x", 2)]
+    ("name", "address", "code"),
+    [("Rift", "127.0.1.1", 3), ("master", "127.0.1.1", 3), ("rift", "0.0.0.0", 2), ("rift", "x", 2)],
 )
 def test_init_checks_name_and_address_before_it_writes(
     name: str, address: str, code: int, fleet: DemoFleet, tmp_path: Path

@@ -65,7 +65,9 @@ def test_garbage_gives_an_exit_code_and_no_bug(capsys: pytest.CaptureFixture[str
     assert said.out or said.err
 
 
-@pytest.mark.parametrize("words", [(b"status", b"\xff\xfe"), (b"deploy", b"\xff.toml"), (b"\xff",), (b"deploy", b"x" * 100_000)])
+@pytest.mark.parametrize(
+    "words", [(b"status", b"\xff\xfe"), (b"deploy", b"\xff.toml"), (b"\xff",), (b"deploy", b"x" * 100_000)]
+)
 def test_bytes_that_are_no_text_are_an_argument_like_any_other(words: tuple[bytes, ...], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable.encode(), b"-m", b"mcp.cli.main", *words],

@@ -33,7 +33,9 @@ LEAVES = {name: command for name, command in ALL.items() if not isinstance(comma
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_the_help_of_every_command_has_an_example_that_begins_with_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_every_command_has_an_example_that_begins_with_it(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run([*name.split(), "--help"]) == 0
     said = capsys.readouterr().out
     assert "Example:" in said
@@ -78,19 +80,34 @@ def loaded_after(*args: str) -> set[str]:
         "from mcp.cli.main import main\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stderr.split())
 
 
 def test_help_loads_nothing_that_it_does_not_need() -> None:
     loaded = loaded_after("--help")
-    assert not loaded & {"nats", "attr", "attrs", "msgpack", "cattrs", "asyncio", "rich", "mcp.model.messages", "aiohttp", "ssl"}
+    assert not loaded & {
+        "nats",
+        "attr",
+        "attrs",
+        "msgpack",
+        "cattrs",
+        "asyncio",
+        "rich",
+        "mcp.model.messages",
+        "aiohttp",
+        "ssl",
+    }
 
 
 def test_a_command_speaks_to_the_master_without_the_message_classes() -> None:
     script = "import sys, mcp.cli.status, mcp.cli.session; print(' '.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
     loaded = set(done.stdout.split())
     assert "nats.aio.client" in loaded
     assert not loaded & {"mcp.model.messages", "cattrs", "aiohttp", "nats.js.client", "aiodocker", "cryptography"}

@@ -9,7 +9,12 @@ from mcp.cli.tap import Pairs, as_text
 
 def test_an_answer_names_the_order_and_how_long_it_took() -> None:
     pairs = Pairs()
-    order = pairs.line("mcp.work.orion.pull_images", msgpack.packb({"service": "web"}), {"Mcp-Kind": "pull_images/1", "Mcp-Op": "op1"}, 1.0)
+    order = pairs.line(
+        "mcp.work.orion.pull_images",
+        msgpack.packb({"service": "web"}),
+        {"Mcp-Kind": "pull_images/1", "Mcp-Op": "op1"},
+        1.0,
+    )
     assert (order["kind"], order["op"], order["body"]) == ("pull_images", "op1", {"service": "web"})
     headers = {"Mcp-Kind": "images_pulled/1", "Mcp-Op": "op1", "Mcp-Frame": "final"}
     answer = pairs.line("mcp.node.orion.reply.op1-1", msgpack.packb({}), headers, 1.25)

@@ -17,7 +17,9 @@ from mcp.cli.unpack import MASK, line, shown
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@given(st.binary(max_size=200), st.sampled_from(["mcp.node.orion.heartbeat", "sealed.work.orion.run_workload", "", "x"]))
+@given(
+    st.binary(max_size=200), st.sampled_from(["mcp.node.orion.heartbeat", "sealed.work.orion.run_workload", "", "x"])
+)
 def test_any_bytes_are_one_line_of_json(payload: bytes, subject: str) -> None:
     text = line(subject, payload)
     assert "\n" not in text
@@ -25,11 +27,17 @@ def test_any_bytes_are_one_line_of_json(payload: bytes, subject: str) -> None:
 
 
 def test_a_message_is_shown_as_it_is() -> None:
-    assert shown("mcp.node.orion.heartbeat", msgpack.packb({"sequence": 3, "problems": []})) == {"sequence": 3, "problems": []}
+    assert shown("mcp.node.orion.heartbeat", msgpack.packb({"sequence": 3, "problems": []})) == {
+        "sequence": 3,
+        "problems": [],
+    }
 
 
 def test_on_a_sealed_lane_only_what_is_known_to_be_harmless_is_shown() -> None:
-    spec = {"name": "web", "components": [{"image": "web:v1", "env": {"PASSWORD": "hunter2", "LEVEL": "info"}, "cmd": ["--key=hunter2"]}]}
+    spec = {
+        "name": "web",
+        "components": [{"image": "web:v1", "env": {"PASSWORD": "hunter2", "LEVEL": "info"}, "cmd": ["--key=hunter2"]}],
+    }
     text = line("sealed.work.orion.run_workload", msgpack.packb({"service": "web", "spec": spec}))
     assert "hunter2" not in text
     assert "info" not in text
@@ -46,7 +54,12 @@ def test_nothing_is_null() -> None:
 
 def run(payload: bytes, *args: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, "-m", "mcp.cli.unpack", *args], input=payload, cwd=ROOT, capture_output=True, timeout=30, check=False
+        [sys.executable, "-m", "mcp.cli.unpack", *args],
+        input=payload,
+        cwd=ROOT,
+        capture_output=True,
+        timeout=30,
+        check=False,
     )
 
 
@@ -59,5 +72,7 @@ def test_the_program_describes_rubbish_and_exits_0(payload: bytes) -> None:
 
 def test_the_program_loads_little() -> None:
     script = "import sys; import mcp.cli.unpack; print(' '.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
     assert not set(done.stdout.split()) & {"attr", "click", "asyncio", "nats", "mcp.model.messages", "mcp.cli.app"}
