@@ -606,6 +606,19 @@ async def test_our_calls_cost_no_more_than_the_librarys_own(world: World, privat
     assert sum(best["ours"]) <= 1.1 * sum(best["theirs"]), best
 
 
+async def test_images_that_are_made_here_are_loaded_once(private: PrivateEngine) -> None:
+    images = [script_image(f"localhost/mcp-test-{secrets.token_hex(4)}:v1", WEB) for _ in range(2)]
+    assert await load(private.url, images) == [image.name for image in images]
+    assert await load(private.url, images) == []
+    changed = attrs.evolve(images[0], config=script_image(images[0].name, WEB, {"NEW": "1"}).config)
+    assert await load(private.url, [changed, images[1]]) == [changed.name]
+
+
+async def test_images_cannot_be_loaded_into_an_engine_that_is_away(short_folder: Path) -> None:
+    image = script_image("localhost/mcp-test-nowhere:v1", WEB)
+    assert (await failure(load(f"unix://{short_folder}/none.sock", [image]))).code == "engine_down"
+
+
 # ---------------------------------------------------------------------- registries
 
 
