@@ -85,12 +85,14 @@ EXPLANATIONS: dict[NodeHealth, str] = {
 
 @attrs.frozen(kw_only=True)
 class Seen:
-    """One piece of evidence; `at_s` is the master's monotonic time."""
+    """One piece of evidence, or several alike in a row; times are the master's monotonic ones."""
 
     at_s: float
     sign: str
     health: NodeHealth
     detail: str = ""
+    first_s: float
+    times: int = 1
 
 
 @attrs.frozen(kw_only=True)
@@ -170,8 +172,16 @@ class Node:
         self.health = TRANSITIONS[was, sign]
         if self.health != was:
             self.health_since_s = now_s
-        self.evidence.append(Seen(at_s=now_s, sign=sign.value, health=self.health, detail=detail))
+        self._note(sign, now_s, detail)
         return was if self.health != was else None
+
+    def _note(self, sign: Sign, now_s: float, detail: str) -> None:
+        """Keep evidence; an hour of heartbeats is one line, or it would push out what an operator looks for."""
+        last = self.evidence[-1] if self.evidence else None
+        if last and (last.sign, last.health, last.detail) == (sign.value, self.health, detail):
+            self.evidence[-1] = attrs.evolve(last, at_s=now_s, times=last.times + 1)
+        else:
+            self.evidence.append(Seen(at_s=now_s, sign=sign.value, health=self.health, detail=detail, first_s=now_s))
 
     def heard(self, now_s: float, by: str) -> None:
         """Note a sign of life."""

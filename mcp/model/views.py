@@ -116,7 +116,7 @@ def node_evidence(node: Node, fleet: Fleet, now_s: float, at: At) -> NodeEvidenc
                 age_s=round(now_s - seen.at_s, 3),
                 sign=seen.sign,
                 health=seen.health,
-                detail=seen.detail,
+                detail=seen.detail if seen.times == 1 else f"{seen.detail} ({seen.times} times since {at(seen.first_s)})",
             )
             for seen in reversed(node.evidence)
         ),

@@ -59,7 +59,7 @@ def test_a_change_of_health_is_told_once_with_what_it_was() -> None:
     assert orion.health_since_s == 7.0
     assert orion.feel(Sign.NOBODY, 8.0) is None
     assert orion.health_since_s == 7.0
-    assert [seen.sign for seen in orion.evidence] == ["nobody", "nobody"]
+    assert [(seen.sign, seen.times) for seen in orion.evidence] == [("nobody", 2)]
 
 
 def test_a_master_that_loses_most_of_its_nodes_suspects_itself() -> None:
@@ -67,3 +67,12 @@ def test_a_master_that_loses_most_of_its_nodes_suspects_itself() -> None:
     gone = {name: node(name, health="unreachable") for name in ("a", "b", "c")}
     assert Fleet(master="rift", nodes={"rift": node("rift"), **gone}).suspects_itself()
     assert not Fleet(master="rift", nodes={"rift": node("rift"), "a": gone["a"], "b": node("b"), "c": node("c")}).suspects_itself()
+
+
+def test_an_hour_of_heartbeats_is_one_line_of_evidence() -> None:
+    """What an operator looks for must not be pushed out by what is as it should be."""
+    orion = node()
+    orion.feel(Sign.QUIET, 1.0, "the bus lost its connection")
+    for i in range(120):
+        orion.feel(Sign.ALIVE, 30.0 * i, "heartbeat")
+    assert [(seen.sign, seen.times) for seen in orion.evidence] == [("quiet", 1), ("alive", 120)]
