@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mcp.bus import tls
 from mcp.bus.files import PRIVATE, read_private, write_whole
-from mcp.bus.keys import is_public_key, key_of, new_key, raw_seed, read_key, seed_of, write_key
+from mcp.bus.keys import is_public_key, key_of, new_key, raw_seed, read_key, seed_of, sign, write_key
 from mcp.model.errors import AdapterError
 
 NOW_S = 1_800_000_000.0
@@ -27,6 +27,12 @@ def test_a_seed_is_what_the_nkeys_library_makes_of_the_same_bytes(raw: bytes) ->
     assert seed.encode() == nkeys.encode_seed(raw, nkeys.PREFIX_BYTE_USER)
     assert key_of(seed).public_key.encode() == nkeys.from_seed(bytearray(seed.encode())).public_key
     assert raw_seed(seed) == raw
+
+
+@given(st.binary(min_size=32, max_size=32), st.binary(max_size=100))
+def test_a_signature_is_what_the_nkeys_library_makes_of_the_same_seed(raw: bytes, data: bytes) -> None:
+    seed = seed_of(raw)
+    assert sign(seed, data) == nkeys.from_seed(bytearray(seed.encode())).sign(data)
 
 
 def test_two_new_keys_differ_and_the_seed_is_not_shown() -> None:
