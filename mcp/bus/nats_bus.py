@@ -108,7 +108,7 @@ async def connect(
 
 def tls_context(address: BusAddress) -> ssl.SSLContext:
     """Return a context that accepts the one bus that is expected, TLS 1.3 only."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = _Context(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if address.ca_pem:
         context.load_verify_locations(cadata=address.ca_pem)
@@ -119,6 +119,22 @@ def tls_context(address: BusAddress) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_NONE  # the pin below is stricter than any chain
     context.sslobject_class = _pinned(address.fingerprint)
     return context
+
+
+class _Context(ssl.SSLContext):
+    """Takes the server's name as it is: Python's rules for international names are 0.3 MiB and 5 ms of tables."""
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,  # noqa: FBT001, FBT002 - as it is declared
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        if isinstance(server_hostname, str) and server_hostname.isascii():
+            server_hostname = server_hostname.encode("ascii")
+        return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
 
 
 def _pinned(fingerprint: str) -> type[ssl.SSLObject]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
@@ -10,10 +9,13 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mcp.cli.settings import home_folder
 from mcp.model.errors import McpError
+
+if TYPE_CHECKING:
+    import argparse
 
 JOIN_EXAMPLE = """\
 example:
@@ -24,15 +26,13 @@ example:
 def master() -> NoReturn:
     """Run the master: `mcp-master [--config FILE]`."""
     example = "example:\n  mcp-master --config /srv/mcp/mcp-master.toml\n"
-    parser = _parser("mcp-master", "The master: one for each fleet.", example)
-    _config_option(parser, "mcp-master.toml")
-    args = parser.parse_args()
+    config = _config_file("mcp-master", "The master: one for each fleet.", example)
 
     def begin() -> Coroutine[Any, Any, None]:
         from mcp.config.master import load_master
         from mcp.wiring import run_master
 
-        return run_master(load_master(args.config))
+        return run_master(load_master(config))
 
     _leave(_daemon(begin))
 
@@ -41,36 +41,43 @@ def agent() -> NoReturn:
     """Run the agent: `mcp-agent [--config FILE]`; or join a fleet: `mcp-agent join TOKEN`."""
     if sys.argv[1:2] == ["join"]:
         _leave(_guarded(lambda: _join(sys.argv[2:])))
-    parser = _parser(
+    config = _config_file(
         "mcp-agent",
         "The agent: one for each node. `mcp-agent join TOKEN` makes this machine a node first.",
         "example:\n  mcp-agent --config /srv/mcp/mcp-agent.toml\n  mcp-agent join TOKEN --help\n",
     )
-    _config_option(parser, "mcp-agent.toml")
-    args = parser.parse_args()
 
     def begin() -> Coroutine[Any, Any, None]:
         from mcp.config.agent import load_agent
         from mcp.wiring import run_agent
 
-        return run_agent(load_agent(args.config))
+        return run_agent(load_agent(config))
 
     _leave(_daemon(begin))
 
 
+def _config_file(name: str, what: str, epilog: str) -> str:
+    """Return the configuration that the command line names; what it says otherwise is answered, and ends the program."""
+    default = str(home_folder() / f"{name}.toml")
+    match sys.argv[1:]:
+        case []:
+            return default
+        case ["--config", file] if not file.startswith("-"):
+            return file
+    parser = _parser(name, what, epilog)
+    parser.add_argument("--config", metavar="FILE", default=default, help="its configuration (default: %(default)s)")
+    return str(parser.parse_args().config)
+
+
 def _parser(name: str, what: str, epilog: str) -> argparse.ArgumentParser:
+    import argparse  # it takes 1.1 MiB: an agent that was started as its unit does needs none of it
+
     return argparse.ArgumentParser(
         prog=name,
         description=what,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )
-
-
-def _config_option(parser: argparse.ArgumentParser, file: str) -> None:
-    parser.add_argument(
-        "--config", metavar="FILE", default=str(home_folder() / file), help="its configuration (default: %(default)s)"
     )
 
 
