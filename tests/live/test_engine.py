@@ -21,7 +21,7 @@ import pytest
 from mcp.adapters.docker import DockerEngine
 from mcp.demo.image import WEB, load, script_image
 from mcp.model.errors import AdapterError
-from mcp.model.ports import ContainerRequest, PortBinding
+from mcp.model.ports import PortBinding
 from tests.contract.engine_fixtures import Heard, Read, World, docker_world, failure
 from tests.helpers import free_port, soon
 from tests.live.engine import REGISTRY_USER, START_S, PrivateEngine, Registry, private_engine, registry
@@ -572,38 +572,38 @@ async def test_agents_that_share_an_engine_do_not_see_one_another(world: World, 
     await other.close()
 
 
-@pytest.mark.timeout(120)
-async def test_our_calls_cost_no_more_than_the_librarys_own(world: World, private: PrivateEngine) -> None:
-    import aiodocker
+async def test_creating_and_starting_takes_three_requests_and_no_more(
+    world: World, private: PrivateEngine, short_folder: Path
+) -> None:
+    asked: list[str] = []
 
-    from mcp.adapters.docker_shapes import container_config
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        above, up = await asyncio.open_unix_connection(private.socket)
 
-    await world.run(component="first")  # the network is there
-    docker = aiodocker.Docker(url=private.url)
-    runs: dict[str, list[float]] = {"ours": [], "theirs": []}
+        async def pass_up() -> None:
+            while data := await reader.read(65536):
+                if data.startswith((b"GET ", b"POST ", b"DELETE ")):
+                    asked.append(data.split(b"\r\n", 1)[0].decode())
+                up.write(data)
 
-    async def ours(request: ContainerRequest) -> None:
-        await world.engine.create(request)
-        await world.engine.start(request.name)
+        passing = asyncio.create_task(pass_up())
+        try:
+            while data := await above.read(65536):
+                writer.write(data)
+        finally:
+            passing.cancel()
+            await asyncio.gather(passing, return_exceptions=True)
+            await hang_up(up)
 
-    async def theirs(request: ContainerRequest) -> None:
-        made = await docker.containers.create(container_config(request), name=request.name)
-        await made.start()
-        await made.show()
-
-    try:
-        for n in range(10):
-            for who, run in (("ours", ours), ("theirs", theirs)):
-                request = world.request(component=f"{who}{n}")
-                begun_s = time.monotonic()
-                await run(request)
-                runs[who].append(time.monotonic() - begun_s)
-                await world.engine.remove(request.name)
-    finally:
-        await docker.close()
-    # Single runs vary by a third, so the best ones are compared.
-    best = {who: sorted(times)[:3] for who, times in runs.items()}
-    assert sum(best["ours"]) <= 1.1 * sum(best["theirs"]), best
+    async with serving(short_folder / "p.sock", handle) as url:
+        engine = DockerEngine(url)
+        await engine.create(world.request(component="first"))  # which asks for version and network too
+        asked.clear()
+        second = world.request(component="second")
+        await engine.create(second)
+        assert (await engine.start(second.name)).state == "running"
+        await engine.close()
+    assert [request.split("?")[0].split()[1].rpartition("/")[2] for request in asked] == ["create", "start", "json"]
 
 
 async def test_images_that_are_made_here_are_loaded_once(private: PrivateEngine) -> None:
