@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import aiodocker
 
@@ -62,7 +63,7 @@ async def by_hand(image_name: str, port: int, network: str) -> float:
     """Do the same with the engine's client: bridge network, one published port, until the first answer."""
     docker = aiodocker.Docker(url=default_engine_url())
     began = time.perf_counter()
-    config = {
+    config: dict[str, Any] = {
         "Image": image_name,
         "Env": [f"PORT={port}"],
         "ExposedPorts": {f"{port}/tcp": {}},
@@ -86,7 +87,7 @@ def answers(port: int) -> bool:
     """Say whether the page is there."""
     try:
         with urllib.request.urlopen(f"http://127.0.1.2:{port}/", timeout=2) as page:
-            return page.status == 200
+            return bool(page.status == 200)
     except OSError:
         return False
 

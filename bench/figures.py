@@ -47,5 +47,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 def fleet(*, with_engine: bool) -> Iterator[DemoFleet]:
     """Give a four-node fleet of real processes, removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="mcp-bench-"))
-    with DemoFleet(folder / "fleet", engine_url=default_engine_url() if with_engine else "", network="mcpbench") as made:
+    with DemoFleet(
+        folder / "fleet", engine_url=default_engine_url() if with_engine else "", network="mcpbench"
+    ) as made:
         yield made

@@ -28,7 +28,11 @@ def main() -> int:
         for words in commands.values():
             seconds_of(words, env)  # once to warm the caches
         taken = dict(
-            zip(commands, in_turn(rounds, *[lambda _, w=words: seconds_of(w, env) for words in commands.values()]), strict=True)
+            zip(
+                commands,
+                in_turn(rounds, *[lambda _, w=words: seconds_of(w, env) for words in commands.values()]),
+                strict=True,
+            )
         )
     kept = True
     for name, values in taken.items():

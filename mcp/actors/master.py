@@ -18,6 +18,7 @@ from mcp.bus.calls import CallFailed
 from mcp.bus.codec import size_of
 from mcp.bus.links import MasterLink, Report, Request
 from mcp.bus.transport import MAX_BODY_BYTES
+from mcp.model.catalogue import changed
 from mcp.model.effects import (
     BusBack,
     CommandReceived,
@@ -123,18 +124,14 @@ class MasterActor:
         async with asyncio.TaskGroup() as self._tasks:
             nodes = await self._enrolment.nodes()
             self._keys = {node.public_key: node.name for node in nodes}
-            self._link.on_flood = lambda node, is_flooding: self._post(
-                FloodChanged(node=node, is_flooding=is_flooding)
-            )
-            self._link.on_bus_back = lambda: self._post(BusBack())
+            self._link.on_flood = self._on_flood
+            self._link.on_bus_back = self._on_bus_back
             await self._link.start(self._on_command, self._on_join)
             for node in nodes:
                 await self._link.watch(node.name, self._on_report)
             if self._disconnects:
                 await self._disconnects.watch(self._on_gone)
-            started = Started(
-                nodes=tuple((node.name, node.role) for node in nodes), wall_s=self._clock.wall_s()
-            )
+            started = Started(nodes=tuple((node.name, node.role) for node in nodes), wall_s=self._clock.wall_s())
             self._mailbox.put_nowait(started)
             self._tasks.create_task(self._speak(), name="speaker")
             self._tasks.create_task(self._beat(), name="ticks")
@@ -210,6 +207,12 @@ class MasterActor:
                 self._spawn(self._settle(report.who))
         else:
             self._post(ReportReceived(node=report.who, message=message))
+
+    def _on_flood(self, node: str, is_flooding: bool) -> None:  # noqa: FBT001 - the link's callback
+        self._post(FloodChanged(node=node, is_flooding=is_flooding))
+
+    def _on_bus_back(self) -> None:
+        self._post(BusBack())
 
     def _on_gone(self, public_key: str, reason: str) -> None:
         node = self._keys.get(public_key)
@@ -383,22 +386,17 @@ def parts_of(message: Any) -> Iterable[tuple[Any, bool]]:
     """Yield a message in parts that fit the bus, each with whether it is the last."""
     if not isinstance(message, FleetStatus) or size_of(message) < MAX_BODY_BYTES // 2:
         return [(message, True)]
-    lean = attrs.evolve(message, services=())
+    lean = changed(message, services=())
     chunks: list[tuple[Any, ...]] = []
     for row in message.services:
-        if (
-            chunks
-            and size_of(attrs.evolve(lean, services=(*chunks[-1], row), nodes=())) < MAX_BODY_BYTES // 2
-        ):
+        if chunks and size_of(changed(lean, services=(*chunks[-1], row), nodes=())) < MAX_BODY_BYTES // 2:
             chunks[-1] = (*chunks[-1], row)
         else:
             chunks.append((row,))
     bare = FleetStatus(master=message.master, epoch=message.epoch, is_learning=message.is_learning)
     count = len(chunks) + 1
-    made = [
-        (attrs.evolve(bare, services=chunk, part=i + 1, parts=count), False) for i, chunk in enumerate(chunks)
-    ]
-    return [*made, (attrs.evolve(lean, part=count, parts=count), True)]
+    made = [(changed(bare, services=chunk, part=i + 1, parts=count), False) for i, chunk in enumerate(chunks)]
+    return [*made, (changed(lean, part=count, parts=count), True)]
 
 
 __all__ = ["Disconnects", "MasterActor", "Welcome", "parts_of"]

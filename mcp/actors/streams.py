@@ -14,6 +14,7 @@ import attrs
 
 from mcp.bus.calls import CallFailed
 from mcp.bus.links import MasterLink
+from mcp.model.catalogue import changed
 from mcp.model.effects import FeedStream, OpenStream, Say
 from mcp.model.errors import McpError, NobodyListens
 from mcp.model.messages import Done, GrantLogCredit, LogLines, StreamLogs
@@ -50,7 +51,7 @@ class LogStreams:
         try:
             async with asyncio.TaskGroup() as group:
                 for node, order in effect.legs:
-                    stream.legs[node] = group.create_task(self._leg(node, attrs.evolve(order, stream=name)))
+                    stream.legs[node] = group.create_task(self._leg(node, changed(order, stream=name)))
         finally:
             del self._open[name]
         notes = [f"lost {node}" if leg.cancelled() else leg.result() for node, leg in stream.legs.items()]
@@ -64,9 +65,7 @@ class LogStreams:
 
     async def _leg(self, node: str, order: StreamLogs) -> str:
         try:
-            done = await self._link.order(
-                node, order, op=order.stream, timeout_s=STREAM_LIMIT_S, idle_s=STREAM_LIMIT_S
-            )
+            done = await self._link.order(node, order, op=order.stream, timeout_s=STREAM_LIMIT_S, idle_s=STREAM_LIMIT_S)
         except NobodyListens:
             return f"{node}: nobody listens there: its agent is not running or not connected"
         except CallFailed as error:
@@ -79,7 +78,7 @@ class LogStreams:
         """Pass lines on to the reader; from a node that was not asked they are dropped."""
         stream = self._open.get(message.stream)
         if stream and node in stream.legs:
-            say(Say(asker=stream.asker, frame="progress", message=attrs.evolve(message, node=node)))
+            say(Say(asker=stream.asker, frame="progress", message=changed(message, node=node)))
 
     async def feed(self, effect: FeedStream) -> None:
         """Pass the reader's credit on; only the operator who opened a stream may feed it."""

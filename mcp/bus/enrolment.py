@@ -339,7 +339,7 @@ class FileEnrolment:
     async def _lock(self, handle: int) -> None:
         try:
             async with asyncio.timeout(LOCK_TIMEOUT_S):
-                while not _is_locked_now(handle):
+                while not _is_locked_now(handle):  # noqa: ASYNC110 - another process holds it
                     await asyncio.sleep(_TRY_LOCK_EVERY_S)
         except TimeoutError as error:
             raise AdapterError(

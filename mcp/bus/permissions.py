@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
             path.write_text(pages()[path.name], encoding="utf-8")
         return 0
     for path in stale:
-        print(f"{path} is stale: python -m mcp.bus.permissions writes it anew", file=sys.stderr)
+        print(f"{path} is stale: python -m mcp.bus.permissions writes it anew", file=sys.stderr)  # noqa: T201 - a program
     return 1 if stale else 0
 
 

@@ -334,7 +334,7 @@ def run_bus(settings: BusSettings, now_s: float) -> NoReturn:
     binary = prepare(place, now_s)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(binary, _command(binary, place))
+    os.execv(binary, _command(binary, place))  # noqa: S606 - the bus takes this process's place
 
 
 def _command(binary: Path, place: ServerPlace) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import attrs
 
@@ -84,3 +84,8 @@ def work(*, reply: type) -> Callable[[type[T]], type[T]]:
 def message(lane: Lane, *, reply: type | None = None) -> Callable[[type[T]], type[T]]:
     """Declare a message of any other lane: join, register, heartbeat, node event, log, event, frame."""
     return lambda cls: _declare(cls, lane, reply)
+
+
+def changed(message: T, **fields: Any) -> T:
+    """Return a message with some fields changed: attrs.evolve, whose types do not know what the decorators above make."""
+    return attrs.evolve(message, **fields)  # type: ignore[misc]

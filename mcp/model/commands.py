@@ -132,9 +132,7 @@ class Commands:
                 case RemoveNode():
                     return self._remove_node(event.asker, event.message)
                 case _:
-                    raise Refused(
-                        "unknown_message", f"this master does not know {type(event.message).__name__}"
-                    )
+                    raise Refused("unknown_message", f"this master does not know {type(event.message).__name__}")
         except McpError as error:
             return [refuse(event.asker, error)]
 
@@ -150,16 +148,20 @@ class Commands:
         }[type(message)]
         service = message.spec.name if isinstance(message, DeployService | PlanService) else message.service
         if self._master.learning:
+            asked = ", ".join(sorted(self._master.learning))
             raise Refused(
                 "still_learning",
-                f"cannot {kind} {service}: this master has just started and is still asking {', '.join(sorted(self._master.learning))}",
+                f"cannot {kind} {service}: this master has just started and is still asking {asked}",
                 hint="Try again in a few seconds.",
             )
         if kind != "plan" and (holder := self._desk.holder(service)):
             by = f" by {holder.job.operator}" if holder.job.operator else ""
+            held = (
+                f"operation {holder.job.op} ({holder.job.kind}{by}) holds it since {self._master.at(holder.started_s)}"
+            )
             raise Refused(
                 "busy",
-                f"cannot {kind} {service}: operation {holder.job.op} ({holder.job.kind}{by}) holds it since {self._master.at(holder.started_s)}",
+                f"cannot {kind} {service}: {held}",
                 hint=f"`mcp op show {holder.job.op}` follows it, `mcp op cancel {holder.job.op}` stops it.",
             )
         job = Job(
@@ -195,9 +197,7 @@ class Commands:
         unchanged = operation.failure is None and deploy.is_unchanged(job)
         moves = home is not None and home[0].name != job.node and not operation.failure
         changed = differences(record.spec, spec) if record else ()
-        steps = (
-            () if unchanged or operation.failure else plan_steps(job, home[0].name if home and moves else "")
-        )
+        steps = () if unchanged or operation.failure else plan_steps(job, home[0].name if home and moves else "")
         failure = operation.failure
         return Plan(
             service=job.service,
@@ -259,16 +259,12 @@ class Commands:
                 "still_learning",
                 f"operation {message.op} is not known yet: this master is still asking the agents",
             )
-        raise Refused(
-            "no_such_operation", f"there is no operation {message.op}", hint="`mcp op list` shows them."
-        )
+        raise Refused("no_such_operation", f"there is no operation {message.op}", hint="`mcp op list` shows them.")
 
     def _cancel(self, asker: str, op: str, now_s: float) -> list[Effect]:
         operation = self._desk.running.get(op)
         if operation is None:
-            raise Refused(
-                "no_such_operation", f"operation {op} is not running", hint="`mcp op list` shows what is."
-            )
+            raise Refused("no_such_operation", f"operation {op} is not running", hint="`mcp op list` shows what is.")
         nodes = operation.busy_nodes
         undoing = self._desk.cancel(op, now_s)
         effects: list[Effect] = [
@@ -324,13 +320,12 @@ class Commands:
                 hint=f"`mcp node remove {message.node}` first, if it shall be replaced.",
             )
         if message.role == "master":
-            raise Refused(
-                "bad_role", "cannot invite a second master: the master's node is made by `mcp init`"
-            )
-        if len(self._master.fleet.nodes) >= self._master.max_nodes:
+            raise Refused("bad_role", "cannot invite a second master: the master's node is made by `mcp init`")
+        count = len(self._master.fleet.nodes)
+        if count >= self._master.max_nodes:
             raise Refused(
                 "limit",
-                f"cannot invite {message.node}: the fleet has {len(self._master.fleet.nodes)} nodes, the limit is {self._master.max_nodes}",
+                f"cannot invite {message.node}: the fleet has {count} nodes, the limit is {self._master.max_nodes}",
                 hint="Raise [limits] max_nodes in mcp-master.toml.",
             )
         return [Invite(asker=asker, node=message.node, role=message.role)]
@@ -399,18 +394,14 @@ class Commands:
                 *(p for row in node_rows for p in row.problems),
             ),
             operations=tuple(
-                views.operation_row(o, self._master.at)
-                for o in self._desk.running.values()
-                if o.job.kind != "plan"
+                views.operation_row(o, self._master.at) for o in self._desk.running.values() if o.job.kind != "plan"
             ),
         )
 
     def _own_problems(self) -> list[str]:
         found = []
         if self._master.learning:
-            found.append(
-                f"the master has just started and is still asking {', '.join(sorted(self._master.learning))}"
-            )
+            found.append(f"the master has just started and is still asking {', '.join(sorted(self._master.learning))}")
         if self._master.fleet.suspects_itself():
             found.append(
                 "most nodes went away at once: the fault is probably here (the bus or the master's network); nothing is moved"
@@ -418,9 +409,7 @@ class Commands:
         return found
 
     def _operations(self) -> tuple[OperationRow, ...]:
-        mine = [o for o in self._desk.running.values() if o.job.kind != "plan"] + list(
-            reversed(self._desk.ended)
-        )
+        mine = [o for o in self._desk.running.values() if o.job.kind != "plan"] + list(reversed(self._desk.ended))
         rows = [views.operation_row(operation, self._master.at) for operation in mine]
         known = {row.op for row in rows}
         told = [
@@ -462,6 +451,4 @@ def plan_steps(job: Job, moves_from: str) -> tuple[Step, ...]:
         "run": f"generation {job.generation}: {', '.join(c.name for c in job.spec.components)}",
         "retire": f"the copy on {moves_from}" if moves_from else "the older generation, if there is one",
     }
-    return tuple(
-        Step(step=name, node=job.node, state="waiting", detail=detail) for name, detail in details.items()
-    )
+    return tuple(Step(step=name, node=job.node, state="waiting", detail=detail) for name, detail in details.items())

@@ -183,9 +183,7 @@ def stop_elsewhere(job: Job) -> list[Order]:
 def start_elsewhere(job: Job) -> list[Order]:
     """Take that back."""
     return [
-        Order(
-            node=order.node, message=StartWorkload(service=job.service, generation=order.message.generation)
-        )
+        Order(node=order.node, message=StartWorkload(service=job.service, generation=order.message.generation))
         for order in stop_elsewhere(job)
     ]
 
@@ -194,9 +192,7 @@ def run_workload(job: Job) -> list[Order]:
     """Start the new copy beside the old one and wait until it is healthy."""
     assert job.spec is not None
     wait_s = sum(component.health.timeout_s + component.stop_grace_s for component in job.spec.components)
-    message = RunWorkload(
-        service=job.service, generation=job.generation, spec=job.spec, spec_hash=spec_hash(job.spec)
-    )
+    message = RunWorkload(service=job.service, generation=job.generation, spec=job.spec, spec_hash=spec_hash(job.spec))
     return [Order(node=job.node, message=message, timeout_s=wait_s + 60.0)]
 
 
@@ -215,9 +211,7 @@ def keep_record(job: Job, answers: Sequence[Answer]) -> None:
 
 def candidate_debt(job: Job, _: Order) -> Debt:
     """What stays to be done when the node of a failed copy is away."""
-    return Debt(
-        service=job.service, generation=job.generation, candidate_only=True, why=f"undo of operation {job.op}"
-    )
+    return Debt(service=job.service, generation=job.generation, candidate_only=True, why=f"undo of operation {job.op}")
 
 
 def retire_others(job: Job) -> list[Order]:
@@ -355,9 +349,7 @@ def restart_workload(job: Job) -> list[Order]:
     """Restart the service's containers."""
     node, record = at_home(job, "restart")
     if record.desired == "stopped":
-        raise Refused(
-            "stopped", f"cannot restart {job.service}: it is stopped", hint=f"`mcp start {job.service}`"
-        )
+        raise Refused("stopped", f"cannot restart {job.service}: it is stopped", hint=f"`mcp start {job.service}`")
     job.node, job.generation = node.name, record.generation
     return [
         Order(

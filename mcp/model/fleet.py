@@ -290,9 +290,7 @@ class Fleet:
         return [
             node
             for node in self.nodes.values()
-            if node.health in ("healthy", "engine-down")
-            and not node.is_probed
-            and node.is_quiet(now_s, self.rules)
+            if node.health in ("healthy", "engine-down") and not node.is_probed and node.is_quiet(now_s, self.rules)
         ]
 
     def suspects_itself(self) -> bool:

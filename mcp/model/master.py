@@ -103,7 +103,7 @@ class Master:
         self.desk = Desk(
             fleet=self.fleet,
             send=lambda op, order, call: self.send("op", op, order, call=call, op=op),
-            plan_of=lambda operation: self._commands.plan(operation),
+            plan_of=lambda operation: self._commands.plan(operation),  # noqa: PLW0108 - it is made below
             timeout_s=self.rules.operation_timeout_s,
             return_timeout_s=self.rules.return_timeout_s,
         )
@@ -214,8 +214,7 @@ class Master:
         for record in list(node.services.values()):
             candidate = record.candidate
             owed = any(
-                d.service == record.service and candidate and d.generation >= candidate.generation
-                for d in node.debts
+                d.service == record.service and candidate and d.generation >= candidate.generation for d in node.debts
             )
             if candidate is None or owed or self.desk.holder(record.service):
                 continue
@@ -299,9 +298,7 @@ class Master:
         match message:
             case Heartbeat():
                 stale = node.take_heartbeat(message, now_s, now_s + self._wall_offset_s)
-                effects = self._feel(
-                    node, node.take_engine(message.engine, node.engine_reason), now_s, "heartbeat"
-                )
+                effects = self._feel(node, node.take_engine(message.engine, node.engine_reason), now_s, "heartbeat")
                 return effects + (self._take_inventory(name) if stale else [])
             case ServiceChanged() | ServiceGone():
                 node.heard(now_s, "event")
@@ -342,9 +339,7 @@ class Master:
         was = node.feel(sign, now_s, detail)
         effects: list[Effect] = []
         if was is not None:
-            effects.append(
-                Tell(message=NodeHealthChanged(node=node.name, health=node.health, was=was, reason=detail))
-            )
+            effects.append(Tell(message=NodeHealthChanged(node=node.name, health=node.health, was=was, reason=detail)))
             if node.health in ("healthy", "engine-down") and node.is_known:
                 effects += self._pay_debts(node, now_s) + self.desk.returned(node, now_s)
         return effects
@@ -354,11 +349,7 @@ class Master:
             return []
         node.is_probed = True
         limit = self.rules.probe_timeout_s
-        return [
-            self.send(
-                "probe", node.name, Order(node=node.name, message=Probe(), idle_s=limit, timeout_s=limit)
-            )
-        ]
+        return [self.send("probe", node.name, Order(node=node.name, message=Probe(), idle_s=limit, timeout_s=limit))]
 
     # --------------------------------------------------------- the ends of calls
 

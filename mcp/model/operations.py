@@ -68,9 +68,7 @@ class Desk:
         """Let somebody follow a running operation, beginning with what it has done so far."""
         self._followers[op].add(asker)
         steps = self.running[op].shown.values()
-        return [
-            Say(asker=asker, frame="progress", message=OperationProgress(op=op, step=step)) for step in steps
-        ]
+        return [Say(asker=asker, frame="progress", message=OperationProgress(op=op, step=step)) for step in steps]
 
     def cancel(self, op: str, now_s: float) -> list[Effect]:
         """Stop an operation at the next safe point and undo it.
@@ -84,9 +82,7 @@ class Desk:
     def progressed(self, op: str, call: str, detail: str, now_s: float) -> list[Effect]:
         """Show what an agent is doing."""
         operation = self.running.get(op)
-        return (
-            self._carry_out(operation, operation.progressed(call, detail, now_s), now_s) if operation else []
-        )
+        return self._carry_out(operation, operation.progressed(call, detail, now_s), now_s) if operation else []
 
     def answered(self, op: str, call: str, now_s: float, **how: Any) -> list[Effect]:
         """Take the end of an order in."""
@@ -128,9 +124,7 @@ class Desk:
         return effects
 
     def _say_all(self, op: str, frame: Any, message: Any) -> list[Effect]:
-        return [
-            Say(asker=asker, frame=frame, message=message) for asker in sorted(self._followers.get(op, ()))
-        ]
+        return [Say(asker=asker, frame=frame, message=message) for asker in sorted(self._followers.get(op, ()))]
 
     def _end(self, operation: Operation) -> list[Effect]:
         job = operation.job

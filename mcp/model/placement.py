@@ -106,11 +106,7 @@ def has_cpu(wish: Wish, node: Node) -> str:
         return ""
     _, reserved = node.reserved(without=wish.spec.name)
     left = have.cpu_cores - reserved
-    return (
-        ""
-        if need <= left + 1e-9
-        else f"cpu: needs {need:g} cores, {max(left, 0):g} of {have.cpu_cores:g} left"
-    )
+    return "" if need <= left + 1e-9 else f"cpu: needs {need:g} cores, {max(left, 0):g} of {have.cpu_cores:g} left"
 
 
 def has_disk(_: Wish, node: Node) -> str:
@@ -190,9 +186,7 @@ def rows(wish: Wish, images: Mapping[str, Mapping[str, ImageFacts]]) -> tuple[Pl
         if not against and node.name in images and (why := image_reason(node, images[node.name])):
             against = (why,)
         notes = against or (("runs here now",) if wish.spec.name in node.services else ())
-        made.append(
-            PlacementRow(node=node.name, fits=not against, score=float(node.containers), reasons=notes)
-        )
+        made.append(PlacementRow(node=node.name, fits=not against, score=float(node.containers), reasons=notes))
     return tuple(sorted(made, key=lambda row: not row.fits))
 
 

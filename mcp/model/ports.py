@@ -128,9 +128,7 @@ class Containers(Protocol):
 class ContainerOutput(Protocol):
     """What containers say and do."""
 
-    def logs(
-        self, name: str, *, follow: bool = False, tail: int = -1, since_s: float = 0.0
-    ) -> AsyncIterator[LogLine]:
+    def logs(self, name: str, *, follow: bool = False, tail: int = -1, since_s: float = 0.0) -> AsyncIterator[LogLine]:
         """Yield whole lines with the engine's time stamps, stdout and stderr told apart.
 
         Ends when the container ends; raises AdapterError when the engine goes away in the middle.
@@ -309,4 +307,3 @@ class Enrolment(Protocol):
 
     async def sweep(self) -> None:
         """Remove invitations that expired."""
-

@@ -1,4 +1,6 @@
-"""An operation as a table of steps: do, then the next; on trouble, undo from where it stopped. Pure: time comes in, orders go out.
+"""An operation as a table of steps: do, then the next; on trouble, undo from where it stopped.
+
+Pure: time comes in, orders go out.
 
 Refused for certain: undo from the step before. Failed or unanswered: it may have been done in part, so undo starts with
 that very step; every undo is harmless where nothing was done. An undo that fails is a leftover, told with the command that
@@ -153,12 +155,7 @@ class Operation:
         order = self._calls.pop(call, None)
         if order is None or self.phase == "ended":
             return []
-        if (
-            answer.failure
-            and answer.certainty == "unknown"
-            and self.phase == "doing"
-            and not self.is_cancelled
-        ):
+        if answer.failure and answer.certainty == "unknown" and self.phase == "doing" and not self.is_cancelled:
             return self._wait_for(call, order, answer, now_s)
         self._answers.append(answer)
         return self._settle(now_s)
@@ -303,7 +300,9 @@ class Operation:
     def _wait_for(self, call: str, order: Order, answer: Answer, now_s: float) -> list[Out]:
         assert answer.failure is not None
         self._away[call] = (order, now_s)
-        detail = f"lost {order.node} ({answer.failure.reason}); waiting up to {self.return_timeout_s:.0f} s for it to return"
+        detail = (
+            f"lost {order.node} ({answer.failure.reason}); waiting up to {self.return_timeout_s:.0f} s for it to return"
+        )
         return [self._show("running", now_s, detail, node=order.node)]
 
     def _cannot_finish(self, troubles: Sequence[Answer], now_s: float) -> list[Out]:

@@ -71,9 +71,7 @@ def node_problems(node: Node, fleet: Fleet, now_s: float, at: At) -> tuple[str, 
         )
     if node.is_flooding:
         found.append(f"{node.name}: floods the bus and is muted for a moment")
-    found += [
-        f"{node.name}: still to do when it is back: {debt.why}: `{debt.command}`" for debt in node.debts
-    ]
+    found += [f"{node.name}: still to do when it is back: {debt.why}: `{debt.command}`" for debt in node.debts]
     found += [text if text.startswith(node.name) else f"{node.name}: {text}" for text in node.problems]
     return tuple(found)
 
@@ -116,7 +114,9 @@ def node_evidence(node: Node, fleet: Fleet, now_s: float, at: At) -> NodeEvidenc
                 age_s=round(now_s - seen.at_s, 3),
                 sign=seen.sign,
                 health=seen.health,
-                detail=seen.detail if seen.times == 1 else f"{seen.detail} ({seen.times} times since {at(seen.first_s)})",
+                detail=seen.detail
+                if seen.times == 1
+                else f"{seen.detail} ({seen.times} times since {at(seen.first_s)})",
             )
             for seen in reversed(node.evidence)
         ),
@@ -170,7 +170,10 @@ def record_memory(record: ServiceRecord, container: ContainerState) -> str:
 
 
 def service_row(name: str, fleet: Fleet, now_s: float, *, zone: str, updating: str = "") -> ServiceRow | None:
-    """Return a service as the status screen shows it; None when no node has it. `updating` is the node an operation is busy on."""
+    """Return a service as the status screen shows it; None when no node has it.
+
+    `updating` is the node that an operation is busy on.
+    """
     copies = fleet.where(name)
     if not copies:
         return None
@@ -185,9 +188,7 @@ def service_row(name: str, fleet: Fleet, now_s: float, *, zone: str, updating: s
     ]
     missing = {c.name for c in record.spec.components} - {c.component for c in record.containers}
     if record.desired == "running" and node.health == "healthy" and not updating and record.generation > 0:
-        problems += [
-            f"{component}: has no container; `mcp start {name}` makes it" for component in sorted(missing)
-        ]
+        problems += [f"{component}: has no container; `mcp start {name}` makes it" for component in sorted(missing)]
     if node.health != "healthy":
         problems.append(f"last known state: {node.name} is {node.health}")
     return ServiceRow(
@@ -219,11 +220,7 @@ def routes_of(record: ServiceRecord, node: Node, zone: str) -> tuple[RouteRow, .
     rows = []
     for component in record.spec.components:
         container = next(
-            (
-                c
-                for c in record.containers
-                if c.component == component.name and c.generation == record.generation
-            ),
+            (c for c in record.containers if c.component == component.name and c.generation == record.generation),
             None,
         )
         rows += [

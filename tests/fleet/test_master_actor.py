@@ -57,7 +57,9 @@ from mcp.model.operator_messages import (
 from mcp.model.ports import Enrolled
 from mcp.model.spec import ComponentSpec, ServiceSpec, spec_hash
 
-HAVE = Resources(cpu_cores=4.0, memory_bytes=8 << 30, memory_free_bytes=6 << 30, disk_bytes=9 << 30, disk_free_bytes=5 << 30)
+HAVE = Resources(
+    cpu_cores=4.0, memory_bytes=8 << 30, memory_free_bytes=6 << 30, disk_bytes=9 << 30, disk_free_bytes=5 << 30
+)
 WEB = ServiceSpec(name="web", node="orion", components=(ComponentSpec(name="web", image="web:1"),))
 
 
@@ -192,7 +194,9 @@ class Agent:
 
 def record(spec: ServiceSpec, generation: int) -> ServiceRecord:
     """A service as its node tells of it."""
-    return ServiceRecord(service=spec.name, generation=generation, spec=spec, spec_hash=spec_hash(spec), desired="running")
+    return ServiceRecord(
+        service=spec.name, generation=generation, spec=spec, spec_hash=spec_hash(spec), desired="running"
+    )
 
 
 @attrs.define
@@ -250,7 +254,7 @@ async def fleet() -> AsyncIterator[Fleet]:
 async def test_a_deploy_travels_from_the_operator_to_the_agent_and_back(fleet: Fleet) -> None:
     """Accepted at once, progress on the way, the end at the end."""
     frames: list[Any] = []
-    end = await fleet.ask(DeployService(spec=WEB), on_frame=lambda letter: frames.append(letter))
+    end = await fleet.ask(DeployService(spec=WEB), on_frame=frames.append)
     assert end.outcome == "deployed"
     assert isinstance(frames[0].message, OperationAccepted)
     assert frames[0].frame == "accepted"
@@ -289,7 +293,12 @@ async def test_an_operation_outlives_whoever_asked_for_it(fleet: Fleet) -> None:
     alice = OperatorLink(fleet.broker.connect("operator", "alice"), "alice")
     await alice.start()
     asked = asyncio.ensure_future(
-        alice.call(DeployService(spec=WEB), timeout_s=5.0, idle_s=5.0, on_frame=lambda letter: accepted.put_nowait(letter.message))
+        alice.call(
+            DeployService(spec=WEB),
+            timeout_s=5.0,
+            idle_s=5.0,
+            on_frame=lambda letter: accepted.put_nowait(letter.message),
+        )
     )
     op = (await accepted.get()).op
     asked.cancel()
@@ -306,13 +315,17 @@ async def test_a_failure_brings_the_agents_own_words(fleet: Fleet) -> None:
 
     fleet.orion.special[PullImages] = no
     end = await fleet.ask(DeployService(spec=WEB))
-    assert (end.outcome, end.code, end.reason) == ("undone", "image_missing", "cannot pull web:1 on orion: manifest unknown")
+    assert (end.outcome, end.code, end.reason) == (
+        "undone",
+        "image_missing",
+        "cannot pull web:1 on orion: manifest unknown",
+    )
 
 
 async def test_an_agent_that_leaves_the_bus_is_unreachable_when_it_is_asked(fleet: Fleet) -> None:
     """Nobody listens: known at once, not after a timeout."""
     await fleet.orion.link.transport.close()
-    fleet.actor._on_gone("UO", "Client Closed")  # noqa: SLF001 - what the system account would report
+    fleet.actor._on_gone("UO", "Client Closed")  # what the system account would report
     async with asyncio.timeout(1.0):
         while await fleet.health("orion") != "unreachable":
             await asyncio.sleep(0.01)
@@ -354,7 +367,9 @@ async def test_log_lines_reach_the_reader_and_its_credit_the_agent(fleet: Fleet)
     credits: asyncio.Queue[int] = asyncio.Queue()
 
     async def stream(order: Order) -> Any:
-        line = LogLine(at="2026-01-01T00:00:00Z", component="web", container="mcp.web.g1", stream="stdout", text="hello")
+        line = LogLine(
+            at="2026-01-01T00:00:00Z", component="web", container="mcp.web.g1", stream="stdout", text="hello"
+        )
         await fleet.orion.link.log(LogLines(stream=order.message.stream, sequence=0, lines=(line,)))
         await credits.get()
         return Done(detail="mcp.web.g1 exited with exit code 0")

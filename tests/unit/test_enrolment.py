@@ -128,7 +128,7 @@ def test_a_token_does_not_show_its_seed() -> None:
 
 @pytest.mark.parametrize("length", range(118))
 def test_a_token_that_is_cut_off_anywhere_is_told_so(length: int) -> None:
-    with pytest.raises(Refused, match="cut off|begins with mcpj1_") as caught:
+    with pytest.raises(Refused, match=r"cut off|begins with mcpj1_") as caught:
         parse_token(TOKEN.text()[:length])
     assert caught.value.code == "bad_token"
     assert "mcp node invite" in caught.value.hint
@@ -444,7 +444,7 @@ async def test_an_enrolment_that_is_gone_is_never_taken_for_an_empty_one(fleet: 
     with pytest.raises(AdapterError, match="cannot read the enrolment"):
         await fleet.enrolment.add_operator("kyle", "admin")
     fleet.place.state.rename(fleet.place.state.with_name("gone"))
-    with pytest.raises(AdapterError, match="cannot change who may connect: .*no such file") as caught:
+    with pytest.raises(AdapterError, match=r"cannot change who may connect: .*no such file") as caught:
         await fleet.enrolment.add_operator("kyle", "admin")
     assert "master's machine" in caught.value.hint
 

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import pytest
 
+from mcp.model.catalogue import changed
 from mcp.model.effects import (
     BusBack,
     CommandReceived,
@@ -175,7 +176,9 @@ class World:
             gone = Failed(code="nobody_listens", reason=f"nobody listens on {work.node}")
             self.feed(WorkEnded(call=work.call, failure=gone, certainty="nothing", is_nobody=True))
         elif work.node in self.stuck:
-            self.feed(WorkEnded(call=work.call, failure=Failed(code="no_answer", reason="silence"), certainty="unknown"))
+            self.feed(
+                WorkEnded(call=work.call, failure=Failed(code="no_answer", reason="silence"), certainty="unknown")
+            )
         else:
             special = self.answers.get((work.node, type(work.message)))
             reply = special(work.message) if special else self.obey(work.node, work.message)
@@ -245,7 +248,7 @@ class World:
             incarnation=incarnation, sequence=1, engine=facts(node).engine, resources=HAVE, containers=0,
             inventory_version=self.version, clock_s=1_800_000_000.0 + self.now_s - 1000.0,
         )  # fmt: skip
-        self.feed(ReportReceived(node=node, message=attrs.evolve(beat, **more)))
+        self.feed(ReportReceived(node=node, message=changed(beat, **more)))
 
     def ask(self, message: Any, operator: str = "kyle") -> str:
         """An operator asks; returns the asker's key."""
@@ -283,7 +286,9 @@ def test_a_new_master_has_the_whole_view_from_its_agents() -> None:
     world.start()
     status = world.end(world.ask(GetStatus()))
     assert not status.is_learning
-    assert [(row.name, row.node, row.state, row.generation) for row in status.services] == [("web", "orion", "running", 4)]
+    assert [(row.name, row.node, row.state, row.generation) for row in status.services] == [
+        ("web", "orion", "running", 4)
+    ]
     assert {row.name: row.health for row in status.nodes} == dict.fromkeys(ROLES, "healthy")
 
 
@@ -664,7 +669,10 @@ def test_operations_are_listed_running_ones_first(world: World) -> None:
     world.hold = {PullImages}
     world.ask(DeployService(spec=web("web:2")), "alice")
     rows = world.end(world.ask(ListOperations())).operations
-    assert [(row.op, row.state, row.operator) for row in rows] == [("op2", "running", "alice"), ("op1", "ended", "kyle")]
+    assert [(row.op, row.state, row.operator) for row in rows] == [
+        ("op2", "running", "alice"),
+        ("op1", "ended", "kyle"),
+    ]
 
 
 def test_whoever_follows_an_operation_hears_that_it_lives_and_how_it_ends(world: World) -> None:
@@ -688,7 +696,7 @@ def test_an_inventory_in_parts_counts_when_it_is_whole() -> None:
     world.start()
     whole = world.inventory("orion", "second", started_at="2026-01-01T01:00:00Z")
     for i, each in enumerate(whole.services):
-        part = attrs.evolve(whole, services=(each,), part=i + 1, parts=3)
+        part = changed(whole, services=(each,), part=i + 1, parts=3)
         world.feed(RegisterReceived(asker="orion#1", node="orion", message=Register(inventory=part)))
     assert sorted(world.master.fleet.nodes["orion"].services) == ["web0", "web1", "web2"]
     assert world.master.fleet.nodes["orion"].incarnation == "second"

@@ -45,7 +45,7 @@ def partition(
 def rules(lab: Lab) -> list[tuple[str, str, str]]:
     """Return each cut: its text, the node it was made for, its handle."""
     out = sh(*lab.inside("switch", "nft", "-a", "list", "chain", "bridge", "lab", "cut"))
-    return re.findall(r'^\s*(.*comment "(\S+)") # handle (\d+)', out, re.M)
+    return re.findall(r'^\s*(.*comment "(\S+)") # handle (\d+)', out, re.MULTILINE)
 
 
 def heal(lab: Lab, node: str = "") -> None:

@@ -109,7 +109,7 @@ def layer(entries: list[tuple[str, bytes, bytes | str, int]]) -> Layer:
             info = tarfile.TarInfo(name)
             info.mode, info.type = mode, kind
             if isinstance(content, str):
-                info.linkname, content = content, b""
+                info.linkname, content = content, b""  # noqa: PLW2901 - a link has no content
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     zipped = gzip.compress(raw.getvalue(), 6, mtime=0)

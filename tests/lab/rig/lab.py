@@ -237,7 +237,7 @@ class Lab:
         """)
         child = self.spawn("switch", ["unshare", "--mount", "--net", "bash", "-c", script])
         self.remember("switch", child.pid)
-        wait_for("the switch", lambda: (self.seen_by_switch() / "ready").exists(), 10)
+        wait_for("the switch", lambda: (self.seen_by_switch() / "ready").exists(), 10)  # noqa: PLW0108 - looked up anew
 
     def spawn(self, name: str, cmd: list[str], stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
         """Start a process that outlives us, its output in NAME.log."""
@@ -279,7 +279,7 @@ class Lab:
     def boot(self, name: str, *, has_address: bool = True) -> None:
         """Start a node on the files it has; without an address its card is there, its tailnet is not yet."""
         node = NODES[name]
-        self.write_network(name, has_address)
+        self.write_network(name, has_address=has_address)
         groups = self.make_control_groups(name)
         procs = [folder / "cgroup.procs" for folder in groups]
         kind = "systemd" if node.units else "plain"
@@ -307,7 +307,7 @@ class Lab:
 
         return int(wait_for(name, forked, 10)[0])
 
-    def write_network(self, name: str, has_address: bool) -> None:
+    def write_network(self, name: str, *, has_address: bool) -> None:
         """Write what the node runs once its cards are plugged in."""
         lines = []
         for i, network in enumerate(NODES[name].networks):
@@ -345,9 +345,9 @@ class Lab:
         """Return when everything that the node boots with answers."""
         node = NODES[name]
         if not node.units:
-            wait_for(name, lambda: (self.root(name) / "run/lab-ready").exists(), 15)
+            wait_for(name, lambda: (self.root(name) / "run/lab-ready").exists(), 15)  # noqa: PLW0108 - as above
             return
-        wait_for(f"{name}: systemd", lambda: (self.root(name) / "run/systemd/private").exists(), 15)
+        wait_for(f"{name}: systemd", lambda: (self.root(name) / "run/systemd/private").exists(), 15)  # noqa: PLW0108
         if node.has_engine:
             self.wait_for_engine(name)
         states = self.inside(name, "systemctl", "is-active", "multi-user.target", *node.units)
@@ -399,5 +399,5 @@ class Lab:
 def remove_control_group(top: Path) -> bool:
     """Remove a control group and all below; raises OSError while something still runs there."""
     for folder, _, _ in os.walk(top, topdown=False):
-        os.rmdir(folder)
+        Path(folder).rmdir()
     return True
