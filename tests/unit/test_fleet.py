@@ -66,7 +66,9 @@ def test_a_master_that_loses_most_of_its_nodes_suspects_itself() -> None:
     """Three of four at once: the fault is probably here."""
     gone = {name: node(name, health="unreachable") for name in ("a", "b", "c")}
     assert Fleet(master="rift", nodes={"rift": node("rift"), **gone}).suspects_itself()
-    assert not Fleet(master="rift", nodes={"rift": node("rift"), "a": gone["a"], "b": node("b"), "c": node("c")}).suspects_itself()
+    assert not Fleet(
+        master="rift", nodes={"rift": node("rift"), "a": gone["a"], "b": node("b"), "c": node("c")}
+    ).suspects_itself()
 
 
 def test_an_hour_of_heartbeats_is_one_line_of_evidence() -> None:

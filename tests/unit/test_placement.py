@@ -47,7 +47,10 @@ def node(name: str, role: Role = "worker", *, arch: str = "amd64", containers: i
 
 def fleet(*nodes: Node) -> Fleet:
     """The platform's four nodes, any of them replaced."""
-    usual = {n.name: n for n in (node("rift", "master"), node("orion"), node("hyperborea", arch="arm64"), node("svc", "edge"))}
+    usual = {
+        n.name: n
+        for n in (node("rift", "master"), node("orion"), node("hyperborea", arch="arm64"), node("svc", "edge"))
+    }
     return Fleet(master="rift", nodes={**usual, **{n.name: n for n in nodes}})
 
 
@@ -100,7 +103,11 @@ REASONS = [
     (node("orion", health="unknown"), web(), "is unknown: not heard from yet"),
     (node("orion", health="engine-down"), web(), "engine-down: the container engine does not answer"),
     (node("orion", is_draining=True), web(), "is draining"),
-    (node("orion", resources=resources(free_bytes=11 * GIB // 10)), web(memory_bytes=2 * GIB), "memory: needs 2.0 GiB, 1.1 GiB free"),
+    (
+        node("orion", resources=resources(free_bytes=11 * GIB // 10)),
+        web(memory_bytes=2 * GIB),
+        "memory: needs 2.0 GiB, 1.1 GiB free",
+    ),
     (node("orion", resources=resources(disk_free_bytes=100 * MIB)), web(), "disk: 100 MiB free, 512 MiB kept back"),
     (node("orion"), web(cpu_cores=6), "cpu: needs 6 cores, 4 of 4 left"),
 ]
@@ -117,7 +124,11 @@ def test_a_node_that_may_not_take_it_says_why(orion: Node, spec: ServiceSpec, re
 def test_reserved_memory_counts_even_while_it_is_free() -> None:
     """Two services of 5 GiB do not fit in 8, however idle the first one is."""
     other = ServiceRecord(
-        service="db", generation=1, spec=attrs.evolve(web(memory_bytes=5 * GIB), name="db"), spec_hash="x", desired="running"
+        service="db",
+        generation=1,
+        spec=attrs.evolve(web(memory_bytes=5 * GIB), name="db"),
+        spec_hash="x",
+        desired="running",
     )
     busy = node("orion", resources=resources(free_bytes=7 * GIB), services={"db": other})
     with pytest.raises(NoNodeFits, match=r"memory: needs 5.0 GiB, 3.0 GiB free"):

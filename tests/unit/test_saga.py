@@ -8,7 +8,7 @@ import pytest
 from mcp.model.errors import McpError, Refused
 from mcp.model.fleet import Debt, Fleet
 from mcp.model.messages import Done, Failed
-from mcp.model.saga import Answer, Ended, Job, Moved, Operation, Order, Send, StepOf
+from mcp.model.saga import Answer, Certainty, Ended, Job, Moved, Operation, Order, Send, StepOf
 
 
 @attrs.frozen
@@ -38,7 +38,7 @@ def operation(table: tuple[StepOf, ...] = TABLE) -> Operation:
     return Operation(job=job, table=table, started_s=0.0, deadline_s=600.0, return_timeout_s=60.0)
 
 
-def play(op: Operation, trouble: dict[str, str]) -> list[str]:
+def play(op: Operation, trouble: dict[str, Certainty]) -> list[str]:
     """Run an operation to its end; orders named in `trouble` end in that certainty, all others well."""
     said: list[str] = []
     outs = op.start(0.0)
@@ -76,7 +76,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("trouble", "orders", "outcome"), ROWS)
-def test_an_operation_undoes_from_where_it_stopped(trouble: dict[str, str], orders: str, outcome: str) -> None:
+def test_an_operation_undoes_from_where_it_stopped(trouble: dict[str, Certainty], orders: str, outcome: str) -> None:
     """Refused: from the step before; failed or unanswered: from that very step; after the last step never."""
     op = operation()
     assert ", ".join(play(op, trouble)) == orders
@@ -121,7 +121,9 @@ def test_a_cancelled_operation_undoes_what_it_did() -> None:
     """Cancelling waits for the order in hand, then takes everything back."""
     op = operation()
     outs = op.start(0.0)
-    outs = op.answered(next(o for o in outs if isinstance(o, Send)).call, Answer(order=Order(node="orion", message=Do("pull"))), 1.0)
+    outs = op.answered(
+        next(o for o in outs if isinstance(o, Send)).call, Answer(order=Order(node="orion", message=Do("pull"))), 1.0
+    )
     run = next(o for o in outs if isinstance(o, Send))
     assert op.cancel(2.0) == []
     outs = op.answered(run.call, Answer(order=run.order, reply=Done()), 3.0)
