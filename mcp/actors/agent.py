@@ -78,7 +78,7 @@ LOOK_AGAIN_S = 0.2
 """Events come in bunches: the first is looked at at once, those after it together, this much later."""
 
 BEAT_AGAIN_S = 10.0
-"""A change that only heartbeats tell is told at once, but heartbeats come no more often than this (PLATFORM.md, Limits)."""
+"""A change that only heartbeats tell is told at once, but heartbeats come no more often than this."""
 
 SHUTDOWN_S = 30.0
 """A container that ended so shortly before its engine went was stopped by the engine, and comes back with it."""

@@ -1,6 +1,6 @@
 """Bytes to messages and back: msgpack on the wire, strict cattrs hooks between, one exception out.
 
-What is refused and why is FAULTS.md section 1: msgpack itself takes duplicate keys, NaN, extension types and 600 levels of
+What is refused, and why (docs/bus.md, Frames): msgpack itself takes duplicate keys, NaN, extension types and 600 levels of
 nesting. Unknown keys are ignored, so an older node reads a newer message; a missing required key is an error.
 """
 

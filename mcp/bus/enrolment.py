@@ -182,7 +182,7 @@ class FileEnrolment:
         )
 
     async def remove(self, node: str) -> None:
-        """Forget a node and every invitation for its name; its live connections are cut (2 ms, BUS.md).
+        """Forget a node and every invitation for its name; its live connections are cut (2 ms, docs/bus.md).
 
         Raises:
             Refused: no_such_node, or it is the master's own.

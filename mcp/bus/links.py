@@ -28,7 +28,7 @@ from mcp.model.ports import Clock
 log = logging.getLogger(__name__)
 
 FLOOD_LIMIT = 50
-"""Messages a second of one node beyond which it is not heard for a while (BUS.md, traps)."""
+"""Messages a second of one node beyond which it is not heard for a while (docs/bus.md, traps)."""
 
 FLOOD_BURST = 200
 """Messages a node may send at once before the limit bites: an inventory in parts, a page of log lines."""
@@ -326,7 +326,7 @@ class _Watched:
 
 
 class MasterLink:
-    """The master's end: one connection hears and orders, the other may only answer (BUS.md, the confused deputy)."""
+    """The master's end: one connection hears and orders, the other may only answer (docs/bus.md, the confused deputy)."""
 
     def __init__(
         self, hearing: Transport, answering: Transport, clock: Clock, epoch: int, *, flood_limit: int = FLOOD_LIMIT

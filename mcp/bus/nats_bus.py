@@ -47,7 +47,7 @@ comes back after ten minutes has everybody back in 2 s. A bus that is silent or 
 REFUSALS = 10
 REFUSED_FOR_S = 10.0
 """So many authorization errors in a row, over so long: then the credential counts as refused. One alone happens in a reload
-(BUS.md, Joining), a few when a server starts before its configuration is whole."""
+(docs/bus.md, Joining), a few when a server starts before its configuration is whole."""
 
 PENDING_MESSAGES = 8192
 PENDING_BYTES = 16 * 1024 * 1024
@@ -182,7 +182,7 @@ class NatsSubscription:
         try:
             self.on_frame(frame)
         except Exception:
-            # An error that escapes ends the subscription without a word (BUS.md, nats-py rules).
+            # An error that escapes ends the subscription without a word (docs/bus.md, nats-py rules).
             log.exception("a frame on %s could not be taken in", msg.subject)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from mcp.bus.keys import key_of, sign
 
-# nats-py imports aiohttp where it finds it, for WebSockets that we never use: 140 ms and 9 MiB (BUS.md, nats-py rules), and
+# nats-py imports aiohttp where it finds it, for WebSockets that we never use: 140 ms and 9 MiB (docs/bus.md, nats-py rules), and
 # its JetStream client, which is off: 40 ms of 90. Nothing that is left in use below looks at either.
 # importlib.metadata only tells it its own version: 15 ms.
 _hidden: dict[str, Any] = {"aiohttp": None, "nats.js": types.ModuleType("nats.js"), "importlib.metadata": None}
@@ -100,13 +100,26 @@ class StrictClient(Client):
             if not asked.done():
                 asked.set_result(True)
 
+    async def flush(self, timeout: int = 10) -> None:
+        """Return when the server has taken all that was said; nats-py's own lets its ping overtake what is still unsent.
+
+        Raises:
+            TimeoutError: it did not, in `timeout` seconds.
+        """
+        await self._write_out(timeout)
+        await super().flush(timeout)
+
     async def settle(self, timeout_s: float) -> None:
         """Wait while more is unsent than a link that lives would leave.
 
         Raises:
             TimeoutError: nothing moves.
         """
-        if self._pending_data_size > MAX_UNSENT_BYTES and self._flush_queue is not None:
+        if self._pending_data_size > MAX_UNSENT_BYTES:
+            await self._write_out(timeout_s)
+
+    async def _write_out(self, timeout_s: float) -> None:
+        if self._pending_data_size and self._flush_queue is not None and self.is_reading:
             written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             async with asyncio.timeout(timeout_s):
                 await self._flush_queue.put(written)

@@ -25,7 +25,7 @@ from mcp.bus.server_config import render
 from mcp.model.errors import AdapterError
 
 MINIMUM_VERSION = (2, 14, 3)
-"""Older ones have advisories that touch us (BUS.md, Calls)."""
+"""Older ones have advisories that touch us (docs/bus.md, Calls)."""
 
 CHECK_TIMEOUT_S = 10.0
 READY_TIMEOUT_S = 10.0

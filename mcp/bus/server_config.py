@@ -21,7 +21,7 @@ MAX_PAYLOAD = "256KB"
 
 PING_INTERVAL_S = 5
 PING_MAX = 2
-"""A silent connection is given up after 12 to 20 s (BUS.md, Liveness); 2 s pings were brittle on a bad link."""
+"""A silent connection is given up after 12 to 20 s (docs/bus.md, Liveness); 2 s pings were brittle on a bad link."""
 
 WRITE_DEADLINE_S = 5
 MAX_PENDING = "16MB"

@@ -135,7 +135,7 @@ def work_pattern(node: str, *, is_sealed: bool = False) -> str:
 def grant(role: ConnectionRole, name: str = "") -> Grant:
     """Return what a connection may do; `name` is the node, the operator or the invitation.
 
-    A wildcard must be a whole token, else it is taken literally (BUS.md traps), hence the dotted inboxes.
+    A wildcard must be a whole token, else it is taken literally (docs/bus.md traps), hence the dotted inboxes.
     """
     match role:
         case "agent":
@@ -223,7 +223,7 @@ def may_answer(subject: str, reply_to: str) -> bool:
     """Say whether an answer to this message may go to this reply subject.
 
     The server does not check the reply field: without this an agent could have the master deliver its answer as an order
-    to another agent (the confused deputy of BUS.md). Every answer passes here.
+    to another agent (the confused deputy, docs/bus.md). Every answer passes here.
     """
     who = speaker(subject)
     if who is None:

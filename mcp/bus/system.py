@@ -19,7 +19,7 @@ from mcp.model.errors import AdapterError, BusUnreachable, NoAnswer
 log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 5.0
-"""A reload with 1000 users took 73 ms (BUS.md)."""
+"""A reload with 1000 users took 73 ms (docs/bus.md)."""
 
 _CONNECTIONS_AT_ONCE = 256
 

@@ -18,7 +18,7 @@ from mcp.config.cli import CliConfig, load_cli
 from mcp.model.errors import BadDefinition, BusUnreachable, NoAnswer, NobodyListens, NotPermitted
 
 CONNECT_S = 1.6
-"""With the start of Python it stays below the 2 s in which an operator hears that there is no bus (FAULTS.md row 67)."""
+"""With the start of Python it stays below the 2 s in which an operator hears that there is no bus."""
 
 QUESTION_S = 10.0
 """How long a question that the master answers from memory may take."""

@@ -11,7 +11,7 @@ import attrs
 
 
 class Lane(StrEnum):
-    """Who may say a message to whom (BUS.md lanes; subjects and grants are in mcp/bus/subjects.py)."""
+    """Who may say a message to whom (docs/bus.md lanes; subjects and grants are in mcp/bus/subjects.py)."""
 
     COMMAND = "command"  # operator -> master, a request
     JOIN = "join"  # joining node -> master, a request, once

@@ -296,7 +296,7 @@ class Fleet:
     def suspects_itself(self) -> bool:
         """Say whether so many nodes are gone at once that the fault is probably on the master's side.
 
-        55 % is the figure of FAULTS.md rule 14; one or two nodes prove nothing.
+        55 % is a judgement, no measurement; one or two nodes prove nothing.
         """
         others = [node for node in self.nodes.values() if node.name != self.master]
         gone = [node for node in others if node.health in ("unhealthy", "unreachable")]

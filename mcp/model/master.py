@@ -54,7 +54,7 @@ from mcp.model.saga import (
 )
 
 REJOIN_S = 2.0
-"""After the bus was away every node is nobody for up to a second (BUS.md Liveness): twice that before anyone is judged."""
+"""After the bus was away every node is nobody for up to a second (docs/bus.md Liveness): twice that before anyone is judged."""
 
 CLOCK_STEP_S = 0.5
 """The wall clock has stepped when it and the monotonic one drift apart by more than this between two looks."""

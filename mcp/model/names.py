@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 NODE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
-"""A node or an operator: a subject token of the bus, so no dots (BUS.md lanes)."""
+"""A node or an operator: a subject token of the bus, so no dots (docs/bus.md lanes)."""
 
 SERVICE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
 """A service or a component: at most 40 characters, so that container names and DNS labels stay legal."""

@@ -127,7 +127,7 @@ async def test_a_request_that_nobody_hears_is_answered_503_at_once(bus: TestBus)
     await master.publish(Frame("mcp.work.orion.probe", b"x", reply="mcp.node.orion.reply.1"))
     (answer,) = await ear.hears(1)
     assert (answer.subject, answer.status, answer.body) == ("mcp.node.orion.reply.1", "503", b"")
-    assert time.perf_counter() - began < 1.0  # 0.4 ms on an idle machine (BUS.md, Calls)
+    assert time.perf_counter() - began < 1.0  # 0.4 ms on an idle machine (docs/bus.md, Calls)
 
 
 async def test_what_somebody_hears_or_what_wants_no_answer_is_never_answered_503(bus: TestBus) -> None:

@@ -210,7 +210,7 @@ async def test_a_node_cannot_answer_an_order_that_was_given_to_another(bus: Test
 
 
 async def test_an_answer_never_goes_where_it_would_be_an_order(bus: TestBus) -> None:
-    """The confused deputy: the reply field of a message is not checked by the server (BUS.md, traps)."""
+    """The confused deputy: the reply field of a message is not checked by the server (docs/bus.md, traps)."""
     desk, orders = await Desk.open(bus, "orion", "svc"), list[Order]()
     svc = await bus.agent("svc")
     await svc.start(orders.append)

@@ -28,7 +28,7 @@ SILENCE_NOTICED_S = HEARTBEAT_S * MISSED + PROBE_TIMEOUT_S
 """How soon a silent node must be called so, by the health table of [health] in mcp-master.toml."""
 
 CUT_NOTICED_S = 20.0
-"""How long the bus may take to forget a connection that went silent: ping 5 s, two missed (BUS.md, Liveness)."""
+"""How long the bus may take to forget a connection that went silent: ping 5 s, two missed (docs/bus.md, Liveness)."""
 
 UNIT = """\
 [Unit]

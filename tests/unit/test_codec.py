@@ -365,4 +365,4 @@ def test_a_heartbeat_of_a_kilobyte_is_decoded_many_times_a_second() -> None:
         decode("heartbeat", body)
     rate = 2000 / (time.process_time() - began)
     print(f"{rate:.0f} heartbeats a second")
-    assert rate > 5000  # 22,700 to 28,100 on an idle machine (BUS.md, measured limits)
+    assert rate > 5000  # 22,700 to 28,100 on an idle machine (docs/bus.md, measured limits)
