@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcp.model.definition import Defaults, Parsed, differences, parse_service, parse_with_warnings, render_service
+from mcp.model.definition import (
+    SCHEMAS,
+    Defaults,
+    Parsed,
+    differences,
+    parse_service,
+    parse_with_warnings,
+    render_service,
+)
 from mcp.model.errors import BadDefinition
 from mcp.model.spec import ComponentSpec, FixedPort, HealthSpec, RouteSpec, ServiceSpec, VolumeSpec, spec_hash
 from mcp.model.tables import MAX_FILE_BYTES, MISTAKES_SHOWN, decode
 from tests.builders import GIB, MIB, component, route, service
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+PAGE = Path(__file__).parents[2] / "docs" / "service-definition.md"
 FLEET = Defaults(internal_zone="svc.mcp.metacircular.net", allowed_domains=("metacircular.net", "wntrmute.net"))
 
 PLATFORM = """
@@ -120,6 +130,51 @@ def test_every_example_parses_without_a_warning(file: Path) -> None:
     found = parse_with_warnings(file.read_text(), file=str(file))
     assert found.warnings == ()
     assert found.spec.name == file.stem
+
+
+# --------------------------------------------------------------------- the page
+
+
+def rows_of_the_page() -> dict[str, dict[str, str]]:
+    """Return the row of each key, by the table it is in."""
+    rows: dict[str, dict[str, str]] = {}
+    for part in PAGE.read_text().split("\n## ")[1:]:
+        header = re.match(r".*?\(`\[+([a-z.]+)\]+`\)|The service", part)
+        if header:
+            rows[header[1] or ""] = {
+                row[1]: row[0] for row in re.finditer(r"^\| `([a-z_]+)` \|.*$", part, re.MULTILINE)
+            }
+    return rows
+
+
+@pytest.mark.parametrize("table", SCHEMAS)
+def test_the_page_explains_every_key_and_no_other(table: str) -> None:
+    assert list(rows_of_the_page()[table]) == [key.name for key in SCHEMAS[table].keys]
+
+
+@pytest.mark.parametrize(("table", "key"), [(table, key) for table, rows in rows_of_the_page().items() for key in rows])
+def test_an_example_of_the_page_is_taken(table: str, key: str) -> None:
+    example = rows_of_the_page()[table][key].rpartition("`")[0].rpartition("`")[2]
+    usual = {
+        "": ['name = "web"'],
+        "components": ['name = "web"', 'image = "web:v1"'],
+        "components.health": [],
+        "components.routes": ['hostname = "web.example.net"', "port = 8443"],
+    }
+    lines = []
+    for each, written in usual.items():
+        header = f"[[{each}]]" if each in ("components", "components.routes") else f"[{each}]"
+        lines += [header] if each else []
+        kept = [line for line in written if (each, line.split(" ")[0]) != (table, key)]
+        lines += [example, *kept] if each == table and not example.startswith("[") else written
+    assert (key in example.split(" ")[0]) or example.strip("[]").endswith(key)
+    assert parse_service("\n".join(lines), file="web.toml").components[0].routes
+
+
+def test_the_page_shows_mistakes_as_they_are_told() -> None:
+    text = 'name = "web"\n\n[[components]]\nname = "web"\nimage = "web"\nmemroy = "1G"\n'
+    error = refused(text)
+    assert f"{error}\n{error.hint}\n" in PAGE.read_text()
 
 
 # ------------------------------------------------------------------------ where
