@@ -6,19 +6,15 @@ import asyncio
 import json
 import logging
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from mcp.actors.actor import Actor, Alarm, Envelope, Unheard, failed_from, handles
-from mcp.actors.agent_logs import LogSender
 from mcp.actors.in_hand import InHand
 from mcp.actors.node_state import NodeState
-from mcp.actors.workload import Converge, WorkloadActor
 from mcp.bus.codec import from_plain, size_of
 from mcp.bus.links import AgentLink, Order
-from mcp.model import workload as model
-from mcp.model.container import OP_LABEL, SPEC_LABEL
 from mcp.model.errors import AdapterError, BusError, MalformedMessage, McpError, Refused
 from mcp.model.messages import (
     AbandonWork,
@@ -54,7 +50,10 @@ from mcp.model.messages import (
 from mcp.model.names import is_service_name
 from mcp.model.ports import EngineEvent
 from mcp.model.spec import ServiceSpec
-from mcp.model.workload import Known
+
+if TYPE_CHECKING:
+    from mcp.actors.agent_logs import LogSender
+    from mcp.actors.workload import WorkloadActor
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ class AgentActor(Actor):
         """Of the inventory: grows with every change that is told."""
         self.is_registered = asyncio.Event()
         self._link = link
-        self._logs = LogSender(node, link)
+        self._logs: LogSender | None = None
         self._workloads: dict[str, WorkloadActor] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._past: dict[str, int] = {}
@@ -404,7 +403,7 @@ class AgentActor(Actor):
         hands = [hand for hand in self._hands.values() if hand.op == order.target_op]
         for hand in hands:
             hand.abandon()
-        ended = self._logs.grant(order.target_op, 0)
+        ended = self._logs is not None and self._logs.grant(order.target_op, 0)
         return Done(changed=bool(hands) or ended)
 
     @handles
@@ -420,17 +419,25 @@ class AgentActor(Actor):
     @handles
     async def on_stream_logs(self, order: StreamLogs, envelope: Envelope) -> Any:
         """Send a service's output on this node's log lane, beside the mailbox."""
+        _ = self.node.engine.containers  # refused here where there is no engine
+        if self._logs is None:
+            from mcp.actors.agent_logs import LogSender  # not loaded where nobody reads
+
+            self._logs = LogSender(self.node, self._link)
         return self.later(envelope, self._logs.send(order))
 
     @handles
     async def on_grant_log_credit(self, order: GrantLogCredit) -> Done:
         """Let a log stream go on, or end it."""
-        return Done(changed=self._logs.grant(order.stream, order.credit))
+        return Done(changed=self._logs is not None and self._logs.grant(order.stream, order.credit))
 
     # ------------------------------------------------------------------- workloads
 
     def _workload(self, service: str) -> WorkloadActor:
         if service not in self._workloads:
+            from mcp.actors.workload import WorkloadActor  # a node without an engine has none, and is smaller
+            from mcp.model.workload import Known
+
             known = Known(service=service, highest=self._past.pop(service, 0))
             workload = self._workloads[service] = WorkloadActor(known, self.node)
             self._lives[service] = self.spawn(workload.run(), name=service)
@@ -561,6 +568,8 @@ class AgentActor(Actor):
 
     def _settle(self) -> None:
         """Bring back what should run: everything at boot, after that what the engine took down with it."""
+        from mcp.actors.workload import Converge
+
         victims, self._victims = self._victims, {}
         for service, workload in self._workloads.items():
             is_all = victims is None or workload.owed is not None
@@ -574,6 +583,8 @@ class AgentActor(Actor):
         Raises:
             AdapterError: the engine or the records failed: it is tried again.
         """
+        from mcp.model import workload as model
+
         specs: dict[tuple[str, int], tuple[ServiceSpec, str] | None] = {}
         for container in found:
             key = (container.service, container.generation)
@@ -590,6 +601,8 @@ class AgentActor(Actor):
             log.warning(self._rebuilt, extra={"node": self.node.name})
 
     async def _read_labels(self, service: str, generation: int) -> tuple[ServiceSpec, str] | None:
+        from mcp.model.container import OP_LABEL, SPEC_LABEL
+
         containers = self.node.engine.containers
         text = await containers.label(service, generation, SPEC_LABEL)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from mcp.actors.engine import Engine
@@ -11,7 +12,6 @@ from mcp.model.container import ContainerDefaults
 from mcp.model.errors import AdapterError
 from mcp.model.ports import Clock, ContainerOutput, Containers, HealthChecks, Host, Images, Records
 from mcp.model.spec import ServiceSpec
-from mcp.model.workload import rfc3339
 
 if TYPE_CHECKING:
     from mcp.actors.workload import WorkloadActor
@@ -59,7 +59,8 @@ class NodeState:
 
     def now(self) -> str:
         """Return the wall clock as RFC 3339 UTC."""
-        return rfc3339(self.clock.wall_s())
+        at = datetime.fromtimestamp(self.clock.wall_s(), UTC)
+        return at.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
     def time_of_day(self) -> str:
         """Return the wall clock as people read it: 12:03:04Z."""

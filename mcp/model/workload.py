@@ -7,7 +7,6 @@ so doing a thing twice, or half and then again, ends the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from datetime import UTC, datetime
 from typing import Literal
 
 import attrs
@@ -372,11 +371,6 @@ def describe(action: Action, service: str) -> str:
             return f"stopping {short(name)} (up to {grace:g} s)"
         case Discard(name):
             return f"removing {short(name)}"
-
-
-def rfc3339(wall_s: float) -> str:
-    """Write seconds since 1970 as RFC 3339 UTC with microseconds: two agents' starts are told apart by it."""
-    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def short(name: str) -> str:

@@ -36,6 +36,11 @@ def messages(world: World, stream: str = "s1") -> list[LogLines]:
     return [m for m in world.heard(LogLines) if m.stream == stream]
 
 
+def streams(world: World) -> int:
+    """Return how many streams the agent has open."""
+    return len(world.agent._logs._streams) if world.agent._logs else 0
+
+
 def read(world: World, **facts: Any) -> asyncio.Task[Any]:
     """Ask for the lines of the service."""
     return world.order(StreamLogs(**{"stream": "s1", "service": "web", **facts}), op="s1")
@@ -144,7 +149,7 @@ async def test_a_lost_bus_ends_it(world: World) -> None:
     await soon("the past comes", lambda: len(lines(world)) == 3)
     world.broker.cut(world.lives[-1].transport)
     world.engine.say("mcp.web.db.g1", "into the void")
-    await soon("the stream ends", lambda: not world.agent._logs._streams)
+    await soon("the stream ends", lambda: not streams(world))
 
 
 async def test_there_is_nothing_to_read_of_what_is_not_there(world: World) -> None:
@@ -155,7 +160,7 @@ async def test_there_is_nothing_to_read_of_what_is_not_there(world: World) -> No
 async def test_streams_are_counted(world: World) -> None:
     for number in range(32):
         world.order(StreamLogs(stream=f"t{number}", service="web", follow=True))
-    await soon("all are open", lambda: len(world.agent._logs._streams) == 32)
+    await soon("all are open", lambda: streams(world) == 32)
     with pytest.raises(CallFailed, match="the limit is 32"):
         await world.ended(read(world))
 

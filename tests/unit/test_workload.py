@@ -406,7 +406,3 @@ def test_two_generations_are_a_deploy_that_the_master_ends() -> None:
 def test_ports_are_read_from_what_containers_say() -> None:
     states = [container(1, ports={"": "127.0.0.1:10001", "admin": "[::1]:10002", "bad": "nonsense"})]
     assert workload.ports_of(states) == {("web", ""): 10001, ("web", "admin"): 10002}
-
-
-def test_times_are_written_to_the_microsecond() -> None:
-    assert workload.rfc3339(1_800_000_000.000125) == "2027-01-15T08:00:00.000125Z"
