@@ -208,7 +208,6 @@ async def run_agent(config: AgentConfig, *, ready: Callable[[], None] = lambda: 
     from mcp.adapters.records import SqliteRecords
     from mcp.bus.links import AgentLink
     from mcp.model.container import ContainerDefaults
-    from mcp.model.workload import rfc3339
 
     clock = SystemClock()
     state = Path(config.state)
@@ -234,7 +233,7 @@ async def run_agent(config: AgentConfig, *, ready: Callable[[], None] = lambda: 
             role=config.role,  # type: ignore[arg-type]
             address=config.address,
             version=__version__,
-            started_at=rfc3339(clock.wall_s()),
+            started_at=node.now(),
             heartbeat_s=config.heartbeat_s,
         )
         transport = await _opened(stack, config.bus, "agent", config.name, config.bus.key_file)
