@@ -35,6 +35,9 @@ PINGS_OUT = 2
 
 CLI_TIMEOUT_S = 2
 DAEMON_TIMEOUT_S = 5
+GOODBYE_S = 1.0
+"""How long a close waits for the server to take what was said last."""
+
 LOOK_S = 0.5
 """How often the supervisor looks whether its client is still alive, in case no callback tells it."""
 
@@ -269,8 +272,7 @@ class NatsTransport:
         """Return when the server has taken all that was said before (see Transport)."""
         client = self._living()
         try:
-            async with asyncio.timeout(timeout_s):
-                await client.flush(timeout=max(1, int(timeout_s)))
+            await client.all_taken(timeout_s)
         except (nats.errors.Error, OSError, TimeoutError, AttributeError) as error:
             raise BusUnreachable(f"the bus at {self.address} does not answer") from error
 
@@ -286,8 +288,7 @@ class NatsTransport:
         client, self._client = self._client, None
         if client is not None:
             with suppress(nats.errors.Error, OSError, TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await client.flush(timeout=1)
+                await client.all_taken(GOODBYE_S)
             await client.discard()
         self._say("closed")
 
@@ -453,7 +454,7 @@ class NatsTransport:
             try:
                 for subscription in list(self._subscriptions):
                     await self._revive(client, subscription)
-                await client.flush(timeout=DAEMON_TIMEOUT_S)
+                await client.all_taken(DAEMON_TIMEOUT_S)
             except (nats.errors.Error, OSError, TimeoutError):
                 await client.discard()
                 continue

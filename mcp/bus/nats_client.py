@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import re
 import socket
 import ssl
@@ -100,14 +101,15 @@ class StrictClient(Client):
             if not asked.done():
                 asked.set_result(True)
 
-    async def flush(self, timeout: int = 10) -> None:
-        """Return when the server has taken all that was said; nats-py's own lets its ping overtake what is still unsent.
+    async def all_taken(self, timeout_s: float) -> None:
+        """Return when the server has taken all that was said; `flush` lets its ping overtake what is still unsent.
 
         Raises:
-            TimeoutError: it did not, in `timeout` seconds.
+            TimeoutError: it did not in time.
         """
-        await self._write_out(timeout)
-        await super().flush(timeout)
+        async with asyncio.timeout(timeout_s):
+            await self._write_out(timeout_s)
+            await self.flush(math.ceil(timeout_s))
 
     async def settle(self, timeout_s: float) -> None:
         """Wait while more is unsent than a link that lives would leave.
