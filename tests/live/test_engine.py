@@ -9,8 +9,8 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mcp.model.ports import PortBinding
 from tests.contract.engine_fixtures import Heard, Read, World, docker_world, failure
 from tests.helpers import free_port, soon
 from tests.live.engine import REGISTRY_USER, START_S, PrivateEngine, Registry, private_engine, registry
+from tests.live.engine_proxy import cutting, hang_up, serving
 
 pytestmark = pytest.mark.engine
 
@@ -115,23 +116,6 @@ async def test_no_call_to_a_frozen_engine_lasts_longer_than_twice_its_limit(
     assert "the container engine does not answer" in facts.error
 
 
-async def test_what_a_frozen_engine_was_asked_is_found_by_looking_and_adopted(
-    world: World, private: PrivateEngine
-) -> None:
-    request = world.request(network="")
-    await world.engine.facts()  # the first call of a client asks for the version before anything else
-    private.freeze()
-    assert (await failure(world.engine.create(request))).code == "engine_frozen"
-    private.thaw()
-
-    async def is_there() -> bool:
-        return bool(await world.state(request.name))
-
-    await soon("the engine has done what it was asked", is_there)
-    assert (await world.engine.create(request)).state == "created"
-    assert len(await world.engine.list(world.service)) == 1
-
-
 async def test_a_pull_that_hangs_on_a_frozen_engine_ends(
     world: World, private: PrivateEngine, open_registry: Registry
 ) -> None:
@@ -201,38 +185,6 @@ async def test_an_engine_that_is_away_from_the_start_is_told_once_and_heard_when
     await heard.stop()
 
 
-async def test_freezing_ends_no_event_stream_and_loses_no_event(world: World, private: PrivateEngine) -> None:
-    name = await world.run()
-    heard = Heard(world.engine)
-    await soon("events are heard", lambda: heard.actions == ["engine-up"])
-    private.freeze()
-    assert (await failure(world.engine.facts())).code == "engine_frozen"
-    assert (await failure(world.engine.facts())).code == "engine_frozen"
-    private.thaw()
-    await world.engine.remove(name)
-    await soon("all of it is heard", lambda: "destroy" in heard.actions)
-    assert "engine-down" not in heard.actions
-    await heard.stop()
-
-
-async def test_containers_that_a_crash_of_the_engine_ended_are_seen_and_started_again(
-    world: World, private: PrivateEngine
-) -> None:
-    name = await world.run(restart="unless-stopped")
-    await asyncio.to_thread(private.kill)
-    await start(private)
-    assert (await world.state(name)).state == "exited"
-    assert (await world.engine.start(name)).state == "running"
-
-
-async def test_a_followed_log_tells_that_the_engine_died(world: World, private: PrivateEngine) -> None:
-    name = await world.run("talker")
-    read = Read(world, name)
-    await soon("its beginning is read", lambda: read.lines)
-    private.kill()
-    assert (await failure(read.end())).code == "engine_down"
-
-
 @pytest.mark.timeout(120)
 async def test_a_followed_log_tells_a_restart_of_the_engine_from_the_end_of_a_container() -> None:
     with private_engine("--live-restore") as engine:
@@ -256,38 +208,6 @@ async def test_calls_under_way_survive_that_the_event_stream_begins_anew(world: 
 
 
 # ------------------------------------------------------------- things like engines
-
-
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-@asynccontextmanager
-async def serving(path: Path, handle: Handler) -> AsyncIterator[str]:
-    """Yield the URL of a socket; every connection to it is closed in the end, however its handler ends."""
-    at_work: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        at_work.add(asyncio.current_task())  # type: ignore[arg-type]
-        try:
-            with suppress(ConnectionError):
-                await handle(reader, writer)
-        finally:
-            await hang_up(writer)
-
-    server = await asyncio.start_unix_server(serve, path)
-    try:
-        yield f"unix://{path}"
-    finally:
-        server.close()
-        for task in at_work:
-            task.cancel()
-        await asyncio.gather(*at_work, return_exceptions=True)
-
-
-async def hang_up(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-    with suppress(ConnectionError):
-        await writer.wait_closed()
 
 
 def listening(folder: Path, answer: bytes | None) -> AbstractAsyncContextManager[str]:
@@ -339,64 +259,12 @@ async def test_a_missing_socket_is_an_engine_that_is_down(short_folder: Path) ->
     assert (error.code, "no such file" in error.reason) == ("engine_down", True)
 
 
-def cutting(private: PrivateEngine, folder: Path, path: bytes) -> AbstractAsyncContextManager[str]:
-    """Give a proxy that passes everything on, except the answer to the first request for a path."""
-    uncut = [path]
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        above, up = await asyncio.open_unix_connection(private.socket)
-        is_cut = asyncio.Event()
-
-        async def pass_up() -> None:
-            while data := await reader.read(65536):
-                if uncut and uncut[0] in data.split(b"\r\n", 1)[0]:
-                    uncut.clear()
-                    is_cut.set()
-                up.write(data)
-            up.write_eof()
-
-        passing = asyncio.create_task(pass_up())
-        try:
-            while (data := await above.read(65536)) and not is_cut.is_set():
-                writer.write(data)
-        finally:
-            passing.cancel()
-            await asyncio.gather(passing, return_exceptions=True)
-            await hang_up(up)
-
-    return serving(folder / "p.sock", handle)
-
-
-async def test_a_create_whose_answer_was_lost_is_adopted_when_asked_again(
-    world: World, private: PrivateEngine, short_folder: Path
-) -> None:
-    request = world.request()
-    async with cutting(private, short_folder, b"/containers/create") as url:
-        engine = DockerEngine(url, request_timeout_s=LIMIT_S)
-        assert (await failure(engine.create(request))).code == "engine_down"
-        assert (await engine.create(request)).state == "created"
-        await engine.close()
-    assert len(await world.engine.list(world.service)) == 1
-
-
-async def test_a_start_whose_answer_was_lost_is_fine_when_asked_again(
-    world: World, private: PrivateEngine, short_folder: Path
-) -> None:
-    request = world.request()
-    await world.engine.create(request)
-    async with cutting(private, short_folder, b"/start") as url:
-        engine = DockerEngine(url, request_timeout_s=LIMIT_S)
-        assert (await failure(engine.start(request.name))).code == "engine_down"
-        assert (await engine.start(request.name)).state == "running"
-        await engine.close()
-
-
 async def test_a_pull_that_is_cut_is_not_taken_for_done(
     world: World, private: PrivateEngine, open_registry: Registry, short_folder: Path
 ) -> None:
     tag, script = image_of("cut:v1")
     whole = open_registry.push(tag, script_image(tag, script))
-    async with cutting(private, short_folder, b"/images/create") as url:
+    async with cutting(private.socket, short_folder, b"/images/create") as url:
         engine = DockerEngine(url, request_timeout_s=LIMIT_S)
         assert (await failure(engine.pull(whole, quiet))).code == "engine_down"
         await engine.close()
