@@ -199,10 +199,10 @@ class Master:
             )
         ]
 
-    def _learned(self, node: Node, now_s: float) -> list[Effect]:
+    def _learned(self, node: Node, now_s: float, *, is_new: bool = False) -> list[Effect]:
         """A node's inventory is whole: its unfinished operations can be taken up, its debts be paid."""
         self.learning.pop(node.name, None)
-        effects = self._pay_debts(node, now_s) + self.desk.returned(node, now_s)
+        effects = self._pay_debts(node, now_s) + self.desk.returned(node, now_s, is_new=is_new)
         if not self.learning:
             for each in self.fleet.nodes.values():
                 effects += self._take_up(each, now_s)
@@ -264,11 +264,12 @@ class Master:
                 ]
             node.twin = ""
         node.heard(now_s, "registration")
+        was = node.incarnation
         if not node.take_inventory(inventory, now_s):
             return [self._registered(event.asker)]
         effects = [self._registered(event.asker)]
         effects += self._feel(node, node.take_engine(inventory.facts.engine), now_s, "registered")
-        return effects + self._learned(node, now_s)
+        return effects + self._learned(node, now_s, is_new=was not in ("", node.incarnation))
 
     def _registered(self, asker: str) -> Effect:
         return Say(
@@ -299,6 +300,8 @@ class Master:
             case Heartbeat():
                 stale = node.take_heartbeat(message, now_s, now_s + self._wall_offset_s)
                 effects = self._feel(node, node.take_engine(message.engine, node.engine_reason), now_s, "heartbeat")
+                # A lost bus, or a pause of this agent, may have cost an answer without anything else to show for it.
+                effects += self.desk.returned(node, now_s)
                 return effects + (self._take_inventory(name) if stale else [])
             case ServiceChanged() | ServiceGone():
                 node.heard(now_s, "event")
@@ -392,13 +395,14 @@ class Master:
 
     def _inventory_ended(self, node: Node, event: WorkEnded, now_s: float) -> list[Effect]:
         if isinstance(event.reply, Inventory):
+            was = node.incarnation
             if not node.take_inventory(event.reply, now_s):
                 return []
             node.heard(now_s, "inventory")
             effects = self._feel(
                 node, node.take_engine(event.reply.facts.engine, node.engine_reason), now_s, "inventory"
             )
-            return effects + self._learned(node, now_s)
+            return effects + self._learned(node, now_s, is_new=was not in ("", node.incarnation))
         began_s = self.learning.get(node.name)
         if began_s is None:
             return []

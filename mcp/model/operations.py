@@ -92,11 +92,11 @@ class Desk:
             return []
         return self._carry_out(operation, operation.answered(call, Answer(order=order, **how), now_s), now_s)
 
-    def returned(self, node: Node, now_s: float) -> list[Effect]:
-        """A node is back: operations that waited for it go on."""
+    def returned(self, node: Node, now_s: float, *, is_new: bool = False) -> list[Effect]:
+        """A node is back: operations that waited for it go on; `is_new`: its agent was started anew."""
         effects: list[Effect] = []
         for operation in list(self.running.values()):
-            effects += self._carry_out(operation, operation.returned(node.name, now_s), now_s)
+            effects += self._carry_out(operation, operation.returned(node.name, now_s, is_new=is_new), now_s)
         return effects
 
     def tick(self, now_s: float) -> list[Effect]:

@@ -24,6 +24,10 @@ RETURN_TIMEOUT_S = 60.0
 """How long an operation waits for a node that was lost in the middle, before it is undone without it."""
 
 
+ANEW_LIMIT = 5
+"""How often an operation asks agents again that were started anew while they had it in hand: one may be crashed by it."""
+
+
 @attrs.frozen(kw_only=True)
 class Order:
     """One piece of work for one agent; `idle_s` bounds the silence between its frames, `timeout_s` the whole."""
@@ -141,6 +145,8 @@ class Operation:
     _calls: dict[str, Order] = attrs.field(factory=dict)
     _answers: list[Answer] = attrs.field(factory=list)
     _away: dict[str, tuple[Order, float]] = attrs.field(factory=dict)
+    _lost_s: dict[str, float] = attrs.field(factory=dict)
+    _times_anew: int = 0
     _step_began_s: float = 0.0
     _serial: int = 0
 
@@ -165,20 +171,30 @@ class Operation:
         order = self._calls.get(call)
         if order is None:
             return []
+        self._lost_s.pop(order.node, None)
         state: StepState = "undoing" if self.phase == "undoing" else "running"
         return [self._show(state, now_s, detail, node=order.node)]
 
-    def returned(self, node: str, now_s: float) -> list[Out]:
-        """A node that was lost is back: ask it the same again, which is harmless and tells how it went."""
-        back = [call for call, (order, _) in self._away.items() if order.node == node]
+    def returned(self, node: str, now_s: float, *, is_new: bool = False) -> list[Out]:
+        """A node that was lost is back: ask it the same again, which is harmless and tells how it went.
+
+        `is_new`: it is another agent process; what the one before had in hand will never be answered.
+        """
+        back = {call: order for call, (order, _) in self._away.items() if order.node == node}
+        if is_new and self._times_anew < ANEW_LIMIT:
+            lost = {call: order for call, order in self._calls.items() if order.node == node}
+            self._times_anew += bool(lost)
+            back |= lost
         out: list[Out] = []
-        for call in back:
-            order, _ = self._away.pop(call)
-            out += [
-                self._show("running", now_s, f"{node} is back, asking again", node=node),
-                self._send(order),
-            ]
-        return out
+        for call, order in back.items():
+            self._away.pop(call, None)
+            self._calls.pop(call, None)
+            if self.is_cancelled and self.phase == "doing":
+                self._answers.append(Answer(order=order, failure=self.failure, certainty="unknown"))
+                continue
+            state: StepState = "undoing" if self.phase == "undoing" else "running"
+            out += [self._show(state, now_s, f"{node} is back, asking again", node=node), self._send(order)]
+        return out if out or not back else self._settle(now_s)
 
     def tick(self, now_s: float) -> list[Out]:
         """Give up on nodes that did not return, and on an operation past its deadline."""
@@ -258,6 +274,7 @@ class Operation:
         while self.position < len(self.table):
             self._step_began_s = now_s
             self._answers = []
+            self._lost_s = {}
             try:
                 orders = self._step.do(self.job)
             except McpError as error:
@@ -299,7 +316,8 @@ class Operation:
 
     def _wait_for(self, call: str, order: Order, answer: Answer, now_s: float) -> list[Out]:
         assert answer.failure is not None
-        self._away[call] = (order, now_s)
+        # Since it was lost first: one that is asked again and again, and never answers, is not waited for anew each time.
+        self._away[call] = (order, self._lost_s.setdefault(order.node, now_s))
         detail = (
             f"lost {order.node} ({answer.failure.reason}); waiting up to {self.return_timeout_s:.0f} s for it to return"
         )

@@ -518,6 +518,27 @@ def test_an_agent_lost_in_the_middle_is_asked_again_when_it_is_back(world: World
     assert world.end(asker).outcome == "deployed"
 
 
+def test_an_agent_that_was_started_anew_is_asked_at_once_for_what_its_predecessor_had_in_hand(world: World) -> None:
+    """Without waiting for the silence of a process that is gone."""
+    world.hold = {RunWorkload}
+    asker = world.ask(DeployService(spec=web(node="orion")))
+    world.hold = set()
+    again = Register(inventory=world.inventory("orion", "second", started_at="2026-01-01T01:00:00Z"))
+    world.feed(RegisterReceived(asker="orion#1", node="orion", message=again))
+    assert world.end(asker).outcome == "deployed"
+
+
+def test_an_answer_that_was_lost_with_the_bus_is_asked_for_when_the_node_beats_again(world: World) -> None:
+    """Its health never changed, so nothing else would tell."""
+    world.hold = {RunWorkload}
+    asker = world.ask(DeployService(spec=web(node="orion")))
+    lost = world.held.pop()
+    world.feed(WorkEnded(call=lost.call, failure=Failed(code="no_answer", reason="lost"), certainty="unknown"))
+    world.hold = set()
+    world.beat("orion")
+    assert world.end(asker).outcome == "deployed"
+
+
 def test_a_master_finishes_what_an_earlier_one_began() -> None:
     """The candidate in the inventory is all it needs."""
     world = World()

@@ -107,6 +107,53 @@ def test_a_lost_node_is_waited_for_and_asked_the_same_again() -> None:
     assert (again.order, again.call != send.call) == (send.order, True)
 
 
+def test_what_an_agent_had_in_hand_is_asked_of_its_successor_at_once() -> None:
+    """Nobody waits in silence for a process that is gone."""
+    op = operation(TABLE[:1])
+    (_, send) = op.start(0.0)
+    assert isinstance(send, Send)
+    assert op.returned("orion", 1.0) == []  # the same process still works on it
+    assert op.returned("hyperborea", 1.0, is_new=True) == []
+    (_, again) = op.returned("orion", 1.0, is_new=True)
+    assert isinstance(again, Send)
+    assert again.order == send.order
+    op.answered(again.call, Answer(order=send.order, reply=Done()), 2.0)
+    assert op.outcome == "deployed"
+
+
+def test_an_order_that_crashes_every_agent_is_not_asked_for_ever() -> None:
+    """A crash loop ends by the limits of the order."""
+    op = operation(TABLE[:1])
+    op.start(0.0)
+    sent = [out for _ in range(20) for out in op.returned("orion", 1.0, is_new=True) if isinstance(out, Send)]
+    assert len(sent) == 5
+
+
+def test_what_was_cancelled_is_not_asked_of_a_successor() -> None:
+    """It is undone there."""
+    op = operation(TABLE[1:])
+    op.start(0.0)
+    op.cancel(1.0)
+    outs = op.returned("orion", 2.0, is_new=True)
+    assert [out.order.message.name for out in outs if isinstance(out, Send)] == ["undo run"]
+
+
+def test_a_node_that_is_asked_again_and_stays_silent_is_given_up_in_time() -> None:
+    """The time it has to return counts from its first silence."""
+    op = operation(TABLE[:1])
+    (_, send) = op.start(0.0)
+    assert isinstance(send, Send)
+    lost = Answer(order=send.order, failure=Failed(code="no_answer", reason="silence"), certainty="unknown")
+    for now_s in (15.0, 40.0, 65.0):
+        op.answered(send.call, lost, now_s)
+        assert op.tick(now_s) == []
+        (_, send) = op.returned("orion", now_s + 1.0)
+        assert isinstance(send, Send)
+    op.answered(send.call, lost, 81.0)
+    op.tick(81.0)
+    assert (op.outcome, op.failure and op.failure.code) == ("failed", "no_answer")
+
+
 def test_a_late_answer_changes_nothing() -> None:
     """What was asked before the node was lost may still be answered; nobody listens any more."""
     op = operation(TABLE[:1])
