@@ -137,8 +137,9 @@ class ContainerOutput(Protocol):
     def events(self) -> AsyncIterator[EngineEvent]:
         """Yield events of our containers for ever.
 
-        When the engine goes, one `engine-down` is yielded, and one `engine-up` when it is back; what happened in between
-        is not replayed: list again.
+        The first says whether the engine is there: `engine-up`, from when on nothing is missed, or `engine-down`. When it
+        goes, one `engine-down` is yielded, and one `engine-up` when it is back; what happened in between is not
+        replayed: list again. A frozen engine is neither: what it has to tell comes when it goes on.
         """
 
     async def execute(self, name: str, cmd: Sequence[str], timeout_s: float) -> tuple[int, str]:
