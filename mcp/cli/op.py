@@ -57,7 +57,9 @@ def _show_list(out: Output, rows: list[Plain]) -> None:
         )
         for row in rows
     ]
-    out.table(("OP", "SERVICE", "KIND", "STATE", "NODE", "BY", "WHEN (UTC)", "WHY"), cells, paint=3)
+    out.table(
+        ("OP", "SERVICE", "KIND", "STATE", "NODE", "BY", "WHEN (UTC)", "WHY"), cells, paint=3, spare=("BY", "NODE")
+    )
 
 
 @command("show", group=op, examples=("mcp op show 4f2c", "mcp op show 4f2c --follow"))

@@ -120,10 +120,21 @@ class Output:
         _write(sys.stdout, text)
 
     def table(
-        self, heads: Sequence[str], rows: Iterable[Sequence[object]], *, indent: str = "", paint: int = -1
+        self,
+        heads: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        *,
+        indent: str = "",
+        paint: int = -1,
+        spare: Sequence[str] = (),
     ) -> None:
-        """Print a table; on a terminal its widest columns are cut until it fits. `paint` colours one column by its words."""
+        """Print a table that fits the terminal: columns that can be spared go, in this order, then the widest are cut.
+
+        The first column is never cut. `paint` colours one column by its words; it stands before the spare ones.
+        """
         cells = [[safe(cell) for cell in row] for row in rows]
+        if self.is_terminal:
+            heads, cells = _without_spare(heads, cells, spare, _columns() - width_of(indent))
         widths = [max([width_of(head), *(width_of(row[i]) for row in cells)]) for i, head in enumerate(heads)]
         if self.is_terminal:
             _shrink(widths, _columns() - width_of(indent) - 2 * (len(widths) - 1))
@@ -255,8 +266,9 @@ class Progress:
         mark = sign or marks.get(state, state)
         detail = safe(step.get("detail") or "")
         name = safe(step.get("step") or "")
-        doing = " (undoing)" if step.get("state") == "undoing" else ""
-        return f"  {mark} {name:<8}{doing} {safe(step.get('node') or '-'):<12} {took(seconds):>8}  {detail}".rstrip()
+        if step.get("state") == "undoing":
+            detail = f"undoing: {detail}" if detail else "undoing"
+        return f"  {mark} {name:<8} {safe(step.get('node') or '-'):<12} {took(seconds):>8}  {detail}".rstrip()
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], paint: Any = None) -> str:
@@ -268,9 +280,22 @@ def _line(cells: Sequence[str], widths: Sequence[int], paint: Any = None) -> str
     return "  ".join(parts).rstrip()
 
 
+def _without_spare(
+    heads: Sequence[str], rows: list[list[str]], spare: Sequence[str], room: int
+) -> tuple[Sequence[str], list[list[str]]]:
+    for name in spare:
+        widths = [max([width_of(head), *(width_of(row[i]) for row in rows)]) for i, head in enumerate(heads)]
+        if sum(widths) + 2 * (len(widths) - 1) <= room:
+            break
+        at = list(heads).index(name)
+        heads = [*heads[:at], *heads[at + 1 :]]
+        rows = [[*row[:at], *row[at + 1 :]] for row in rows]
+    return heads, rows
+
+
 def _shrink(widths: list[int], room: int) -> None:
-    while sum(widths) > room and max(widths) > 8:
-        widest = widths.index(max(widths))
+    while sum(widths) > room and max(widths[1:], default=0) > 8:
+        widest = widths.index(max(widths[1:]), 1)
         widths[widest] -= 1
 
 

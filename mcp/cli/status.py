@@ -51,7 +51,7 @@ def _show_fleet(out: Output, found: Plain) -> None:
     services, nodes = found.get("services", ()), found.get("nodes", ())
     if services:
         heads = ("SERVICE", "STATE", "NODE", "VERSION", "COMPONENTS", "SEEN")
-        out.table(heads, [_service_row(row) for row in services], paint=1)
+        out.table(heads, [_service_row(row) for row in services], paint=1, spare=("VERSION", "COMPONENTS"))
     elif found.get("is_learning"):
         out.say("no services known yet")
     else:
@@ -59,10 +59,9 @@ def _show_fleet(out: Output, found: Plain) -> None:
     out.say()
     show_nodes(out, nodes)
     well = sum(node["health"] == "healthy" for node in nodes)
-    words = (
-        f"{len(services)} services, {well} of {len(nodes)} nodes healthy; master on {safe(found.get('master', '?'))}"
-    )
-    out.say("\n" + words, "dim")
+    count = f"{len(services)} service{'s' if len(services) != 1 else ''}"
+    out.say()
+    out.say(f"{count}, {well} of {len(nodes)} nodes healthy; master on {safe(found.get('master', '?'))}", "dim")
 
 
 def _show_problems(out: Output, found: Plain) -> None:
@@ -104,8 +103,8 @@ def _service_row(row: Plain) -> tuple[object, ...]:
 
 def show_nodes(out: Output, nodes: list[Plain]) -> None:
     """Print the table of nodes."""
-    heads = ("NODE", "HEALTH", "ROLE", "ADDRESS", "ARCH", "CONTAINERS", "LOAD", "MEMORY FREE", "DISK FREE", "LAST SEEN")
-    out.table(heads, [_node_row(node) for node in nodes], paint=1)
+    heads = ("NODE", "HEALTH", "ROLE", "ADDRESS", "ARCH", "RUNS", "LOAD", "MEMORY FREE", "DISK FREE", "SEEN")
+    out.table(heads, [_node_row(node) for node in nodes], paint=1, spare=("LOAD", "ARCH", "ADDRESS", "DISK FREE"))
 
 
 def _node_row(node: Plain) -> tuple[object, ...]:
@@ -239,4 +238,4 @@ def show_containers(out: Output, rows: list[Plain]) -> None:
         )
         for row in rows
     ]
-    out.table(heads, cells, paint=1)
+    out.table(heads, cells, paint=1, spare=("HEALTH", "STARTED", "PORTS"))

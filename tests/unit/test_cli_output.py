@@ -154,3 +154,15 @@ def test_every_outcome_a_master_may_tell_has_an_exit_code() -> None:
 
 def test_facts_stand_in_one_column() -> None:
     assert output.facts({"a": 1, "long": "x\n"}) == "a:    1\nlong: x\\n"
+
+
+def test_columns_that_can_be_spared_go_before_anything_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+    Output(Settings()).table(
+        ("NODE", "HEALTH", "LOAD", "SEEN"), [("hyperborea", "healthy", "x" * 20, "4 s ago")], spare=("LOAD",)
+    )
+    assert [row.split() for row in terminal.getvalue().splitlines()] == [
+        ["NODE", "HEALTH", "SEEN"],
+        ["hyperborea", "healthy", "4", "s", "ago"],
+    ]
