@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ from mcp.model.effects import (
 from mcp.model.errors import (
     AdapterError,
     BusError,
+    MalformedMessage,
     McpError,
     NoAnswer,
     NobodyListens,
@@ -52,7 +53,7 @@ from mcp.model.errors import (
 )
 from mcp.model.master import Master
 from mcp.model.messages import Done, Failed, Join, Joined, LogLines, Register
-from mcp.model.operator_messages import FleetStatus, Invited, NodeHealthChanged
+from mcp.model.operator_messages import FleetStatus, Invited, NodeHealthChanged, OperationList, OperationRow
 from mcp.model.ports import Clock, Enrolment, IdSource
 from mcp.model.saga import failed_from
 
@@ -156,7 +157,10 @@ class MasterActor:
                 reason = f"the master failed on {type(event).__name__}: a bug; its log has the details"
                 effects = [Say(asker=asker, frame="error", message=Failed(code="internal", reason=reason))]
         for effect in effects:
-            self._do(effect)
+            try:
+                self._do(effect)
+            except Exception:
+                log.exception("the master could not do %s", type(effect).__name__)  # nor may this end it
 
     async def _beat(self) -> None:
         while True:
@@ -238,8 +242,18 @@ class MasterActor:
             case FeedStream():
                 self._spawn(self._feed(effect))
 
-    def _spawn(self, work: Any) -> None:
-        self._tasks.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.create_task(self._guarded(work))
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do an effect; one that fails must not take the others and the master with it."""
+        try:
+            await work
+        except McpError as error:
+            log.warning("an effect failed: %s", error.reason)
+        except Exception:
+            # A bug met by one effect must not end the control plane, as in _handle.
+            log.exception("an effect failed: a bug")
 
     def _say(self, effect: Say) -> None:
         request = self._askers.get(effect.asker)
@@ -294,6 +308,11 @@ class MasterActor:
             ended = WorkEnded(call=work.call, failure=failed_from(error), certainty="unknown")
         except McpError as error:
             ended = WorkEnded(call=work.call, failure=failed_from(error), certainty="nothing")
+        except Exception:
+            # Whoever gave the order must hear of its end, or its service is held for ever.
+            log.exception("an order could not be given: a bug")
+            reason = f"the master failed to order {type(work.message).__name__}: a bug; its log has the details"
+            ended = WorkEnded(call=work.call, failure=Failed(code="internal", reason=reason), certainty="unknown")
         await self._mailbox.put(ended)
 
     def _told(self, effect: Tell) -> None:
@@ -313,7 +332,7 @@ class MasterActor:
         self._spawn(self._publish(message))
 
     async def _publish(self, message: Any) -> None:
-        with suppress(BusError):  # an event is news, not state: who missed it asks
+        with suppress(BusError, MalformedMessage):  # an event is news, not state: who missed it asks
             await self._link.publish(message)
 
     async def _feed(self, effect: FeedStream) -> None:
@@ -382,21 +401,44 @@ class MasterActor:
         log.info("node removed", extra={"node": effect.node})
 
 
+PART_BYTES = MAX_BODY_BYTES // 2
+
+
 def parts_of(message: Any) -> Iterable[tuple[Any, bool]]:
-    """Yield a message in parts that fit the bus, each with whether it is the last."""
-    if not isinstance(message, FleetStatus) or size_of(message) < MAX_BODY_BYTES // 2:
+    """Yield a message in parts that fit the bus, each with whether it is the last; a list of operations is cut."""
+    if isinstance(message, OperationList):
+        return [(changed(message, operations=_first(message.operations)), True)]
+    if not isinstance(message, FleetStatus) or size_of(message) < PART_BYTES:
         return [(message, True)]
-    lean = changed(message, services=())
-    chunks: list[tuple[Any, ...]] = []
-    for row in message.services:
-        if chunks and size_of(changed(lean, services=(*chunks[-1], row), nodes=())) < MAX_BODY_BYTES // 2:
-            chunks[-1] = (*chunks[-1], row)
-        else:
-            chunks.append((row,))
-    bare = FleetStatus(master=message.master, epoch=message.epoch, is_learning=message.is_learning)
-    count = len(chunks) + 1
-    made = [(changed(bare, services=chunk, part=i + 1, parts=count), False) for i, chunk in enumerate(chunks)]
-    return [*made, (changed(lean, part=count, parts=count), True)]
+    bare = changed(message, services=(), nodes=(), problems=(), operations=())
+    parts: list[dict[str, list[Any]]] = [{}]
+    size = 0
+    for field in ("services", "nodes", "operations", "problems"):
+        for row in getattr(message, field):
+            weight = size_of(row)
+            if weight > PART_BYTES:
+                log.warning("a row of the status is too large to be told: %d KiB", weight // 1024)
+                continue
+            if size + weight > PART_BYTES:
+                parts.append({})
+                size = 0
+            parts[-1].setdefault(field, []).append(row)
+            size += weight
+    count = len(parts)
+    return [
+        (changed(bare, part=i, parts=count, **{field: tuple(rows) for field, rows in part.items()}), i == count)
+        for i, part in enumerate(parts, 1)
+    ]
+
+
+def _first(rows: tuple[OperationRow, ...]) -> tuple[OperationRow, ...]:
+    """Return the first rows, as many as one message takes."""
+    size = 0
+    for i, row in enumerate(rows):
+        size += size_of(row)
+        if size > PART_BYTES:
+            return rows[:i]
+    return rows
 
 
 __all__ = ["Disconnects", "MasterActor", "Welcome", "parts_of"]

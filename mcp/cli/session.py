@@ -182,8 +182,8 @@ class Session:
                 parts.append(body)
 
         last = await self.question("get_status", {"service": service, "node": node}, on_frame=keep)
-        services = [row for part in (*parts, last) for row in part.get("services", ())]
-        return last | {"services": services}
+        lists = ("services", "nodes", "operations", "problems")
+        return last | {name: [row for part in (*parts, last) for row in part.get(name, ())] for name in lists}
 
     async def close(self) -> None:
         """Leave; not connected is fine."""

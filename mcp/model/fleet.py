@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import attrs
 
+from mcp.model import hearsay
 from mcp.model.messages import (
     ContainerState,
     EngineState,
@@ -191,7 +192,7 @@ class Node:
     def take_engine(self, engine: EngineState, reason: str = "") -> Sign:
         """Note what the node says of its engine and return the sign that is."""
         self.engine = engine
-        self.engine_reason = reason
+        self.engine_reason = hearsay.text(reason)
         return Sign.ENGINE_DOWN if engine in ("down", "frozen") else Sign.ALIVE
 
     def is_quiet(self, now_s: float, rules: HealthRules) -> bool:
@@ -202,8 +203,10 @@ class Node:
         """Take (a part of) an inventory in; return whether it is whole now."""
         if inventory.part == 1:
             self.parts = []
-        if inventory.part != len(self.parts) + 1 or (
-            self.parts and self.parts[0].facts.incarnation != inventory.facts.incarnation
+        if (
+            inventory.part != len(self.parts) + 1
+            or inventory.part > hearsay.PARTS_MOST
+            or (self.parts and self.parts[0].facts.incarnation != inventory.facts.incarnation)
         ):
             self.parts = []
             return False
@@ -211,12 +214,11 @@ class Node:
         if inventory.part < inventory.parts:
             return False
         parts, self.parts = self.parts, []
-        self.facts = inventory.facts
+        heard = hearsay.inventory(parts)
+        self.facts = hearsay.facts(inventory.facts)
         self.resources = inventory.facts.resources
-        self.services = {record.service: record for part in parts for record in part.services}
-        self.operations = {record.op: record for part in parts for record in part.operations}
-        self.orphans = tuple(orphan for part in parts for orphan in part.orphans)
-        self.problems = tuple(dict.fromkeys(problem for part in parts for problem in part.problems))
+        self.services, self.operations = heard.services, heard.operations
+        self.orphans, self.problems = heard.orphans, heard.problems
         self.inventory_version = inventory.version
         self.inventory_at_s = now_s
         self.containers = self.count_containers()
@@ -227,7 +229,7 @@ class Node:
         self.heard(now_s, "heartbeat")
         self.resources = beat.resources
         self.containers = beat.containers
-        self.problems = beat.problems
+        self.problems = hearsay.texts(beat.problems)
         self.heard_epoch = beat.epoch
         self.clock_skew_s = beat.clock_s - wall_s
         return beat.inventory_version > self.inventory_version
@@ -238,7 +240,10 @@ class Node:
         if change.inventory_version <= self.inventory_version:
             return False
         if isinstance(change, ServiceChanged):
-            self.services[change.record.service] = change.record
+            record = hearsay.record(change.record)
+            if record is None or len(self.services) >= hearsay.SERVICES_MOST:
+                return True  # the inventory tells what is not to be believed
+            self.services[record.service] = record
         else:
             self.services.pop(change.service, None)
         if not missed:

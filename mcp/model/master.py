@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from mcp.model import views
+from mcp.model import hearsay, views
 from mcp.model.commands import Commands, NewId, refuse
 from mcp.model.effects import (
     BusBack,
@@ -328,7 +328,7 @@ class Master:
             and node.last_seen_s is not None
             and now_s - node.last_seen_s < self.rules.health.silence_limit_s
         ):
-            node.twin = message.incarnation
+            node.twin = message.incarnation[: hearsay.WORD_MOST]
         return self._take_inventory(node.name) if node.health != "healthy" else []
 
     def _disconnected(self, event: NodeDisconnected, now_s: float) -> list[Effect]:
@@ -339,6 +339,7 @@ class Master:
         return self._probe(node)
 
     def _feel(self, node: Node, sign: Sign, now_s: float, detail: str) -> list[Effect]:
+        detail = hearsay.text(detail)
         was = node.feel(sign, now_s, detail)
         effects: list[Effect] = []
         if was is not None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import attrs
 import pytest
 
-from mcp.actors.master import MasterActor, Welcome
+from mcp.actors.master import MasterActor, Welcome, parts_of
 from mcp.bus.calls import CallFailed
+from mcp.bus.codec import size_of
 from mcp.bus.links import AgentLink, JoinLink, MasterLink, OperatorLink, Order
 from mcp.bus.memory import MemoryBroker
+from mcp.bus.transport import MAX_BODY_BYTES
 from mcp.model.commands import Commands
+from mcp.model.effects import Tell
 from mcp.model.errors import NobodyListens, Refused
 from mcp.model.fleet import HealthRules
 from mcp.model.master import Master, MasterRules
@@ -45,14 +49,20 @@ from mcp.model.messages import (
     WorkloadRunning,
 )
 from mcp.model.operator_messages import (
+    DeploymentFinished,
     DeployService,
+    FleetStatus,
     FollowLogs,
     FollowOperation,
     GetStatus,
     GrantReaderCredit,
     InviteNode,
+    NodeRow,
     OperationAccepted,
+    OperationList,
+    OperationRow,
     RemoveNode,
+    ServiceRow,
 )
 from mcp.model.ports import Enrolled
 from mcp.model.spec import ComponentSpec, ServiceSpec, spec_hash
@@ -404,3 +414,59 @@ async def test_a_bug_in_the_master_is_answered_and_the_next_command_is_served(
             await fleet.ask(GetStatus())
     assert "could not handle CommandReceived" in caplog.text
     assert await fleet.health("orion") == "healthy"
+
+
+async def test_an_event_too_large_for_the_bus_ends_nothing(fleet: Fleet) -> None:
+    """Its reason is an agent's own words, of any length."""
+    fleet.actor._do(
+        Tell(
+            message=DeploymentFinished(
+                op="op1", service="web", kind="deploy", node="orion", outcome="undone", reason="x" * 200_000
+            )
+        )
+    )
+    assert await fleet.health("orion") == "healthy"
+
+
+async def test_a_bug_in_one_effect_ends_nothing_else(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """The control plane outlives it, and says so."""
+    fleet.actor._do(Tell(message=object()))
+    assert await fleet.health("orion") == "healthy"
+    async with asyncio.timeout(3.0):
+        while "an effect failed: a bug" not in caplog.text:
+            await asyncio.sleep(0.01)
+    assert await fleet.health("orion") == "healthy"
+
+
+def test_a_status_of_any_size_travels_whole_in_parts_that_fit() -> None:
+    """Services, nodes, operations and problems alike; thousands of rows in well under a second."""
+    services = tuple(
+        ServiceRow(
+            name=f"s{i}",
+            tier="worker",
+            node="orion",
+            state="failed",
+            spec_hash="x",
+            generation=1,
+            problems=("p" * 200,),
+        )
+        for i in range(2000)
+    )
+    nodes = tuple(NodeRow(name=f"n{i}", role="worker", health="healthy", problems=("p" * 300,) * 10) for i in range(64))
+    whole = FleetStatus(master="rift", epoch=7, services=services, nodes=nodes, problems=("p" * 200,) * 2000)
+    began_s = time.monotonic()
+    parts = list(parts_of(whole))
+    assert time.monotonic() - began_s < 2.0
+    assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
+    assert all(size_of(part) < MAX_BODY_BYTES for part, _ in parts)
+    for field in ("services", "nodes", "problems"):
+        assert tuple(row for part, _ in parts for row in getattr(part, field)) == getattr(whole, field)
+
+
+def test_a_long_list_of_operations_is_cut_to_what_fits() -> None:
+    """The youngest are the first, and nothing is better than all."""
+    row = OperationRow(op="a", service="web", kind="deploy", state="ended", reason="r" * 2000)
+    ((answer, is_last),) = parts_of(OperationList(operations=(row,) * 200))
+    assert is_last
+    assert 20 < len(answer.operations) < 200
+    assert size_of(answer) < MAX_BODY_BYTES
