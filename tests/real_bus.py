@@ -115,6 +115,11 @@ class RealBus:
     def freeze(self) -> None:
         """Stop it in its tracks: connections stay open and nobody answers."""
         self._signal(signal.SIGSTOP)
+        eventually("every thread is stopped", lambda: self._states() == "T")
+
+    def _states(self) -> str:
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return "".join(sorted({(task / "stat").read_text().rpartition(") ")[2][0] for task in tasks}))
 
     def thaw(self) -> None:
         """Let it go on."""

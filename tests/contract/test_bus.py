@@ -84,13 +84,14 @@ async def test_a_subscription_that_is_closed_hears_no_more(bus: TestBus) -> None
     assert closed.bodies == [b"1"]
 
 
-async def test_a_handler_that_fails_hears_the_next_frame_all_the_same(bus: TestBus) -> None:
+@pytest.mark.parametrize("failure", [RuntimeError("a bug"), asyncio.CancelledError()], ids=["error", "cancelled"])
+async def test_a_handler_that_fails_hears_the_next_frame_all_the_same(bus: TestBus, failure: BaseException) -> None:
     orion, master, ear = await bus.connect("agent", "orion"), await bus.connect("master"), Ear()
 
     def fail_on_the_first(frame: Frame) -> None:
         ear(frame)
         if len(ear.frames) == 1:
-            raise RuntimeError("a bug in a handler")
+            raise failure
 
     await master.subscribe("mcp.node.orion.>", fail_on_the_first)
     await master.flush()
