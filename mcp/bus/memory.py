@@ -165,7 +165,7 @@ class MemoryTransport:
         if self.is_connected and subscription in self._subscriptions:
             try:
                 subscription.on_frame(frame)
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 log.exception(
                     "a frame on %s could not be taken in", frame.subject
                 )  # as on the real one: the next is heard

@@ -184,9 +184,10 @@ class NatsSubscription:
         frame = Frame(subject=msg.subject, body=msg.data, headers=headers, reply=msg.reply, status=status)
         try:
             self.on_frame(frame)
-        except Exception:
-            # An error that escapes ends the subscription without a word (docs/bus.md, nats-py rules).
-            log.exception("a frame on %s could not be taken in", msg.subject)
+        except (Exception, asyncio.CancelledError):
+            # What escapes here ends the subscription without a word (docs/bus.md). Nothing is awaited, so a CancelledError is
+            # no cancellation of ours but the result of some future that the handler looked at.
+            log.exception("a frame on %r could not be taken in", msg.subject)
 
 
 class NatsTransport:
@@ -394,6 +395,8 @@ class NatsTransport:
             why = "nothing listens there"
         elif isinstance(error, TimeoutError):
             why = "no answer in time"
+        elif isinstance(error, ConnectionError):
+            why = "it hung up in the middle of the greeting: is it a bus, with TLS 1.3?"
         else:
             why = text or type(error).__name__
         return BusUnreachable(f"cannot connect to the bus at {self.address}: {why}")
