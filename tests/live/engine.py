@@ -85,8 +85,9 @@ class PrivateEngine:
     """A dockerd that belongs to one test run; `url` is what an agent's configuration would say."""
 
     def __init__(self, *options: str) -> None:
+        _clear_after_the_killed()
         # Not pytest's folder: the path of a socket must be short.
-        self.folder = Path(tempfile.mkdtemp(prefix="mcp-engine-", dir="/var/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"mcp-engine-{os.getpid()}-", dir="/var/tmp"))
         self.socket = self.folder / "docker.sock"
         self.url = f"unix://{self.socket}"
         self._options = options
@@ -207,9 +208,7 @@ class PrivateEngine:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
-        _end_shims(self.folder)
-        _unmount_below(self.folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _clear(self.folder)
 
 
 def pings(path: Path) -> bool:
@@ -222,6 +221,20 @@ def pings(path: Path) -> bool:
             return client.recv(100).startswith(b"HTTP/1.1 200")
     except OSError:
         return False
+
+
+def _clear_after_the_killed() -> None:
+    """Remove what runs left behind that did not live to do it."""
+    for folder in Path("/var/tmp").glob("mcp-engine-*-*"):
+        pid = folder.name.split("-")[2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    _end_shims(folder)
+    _unmount_below(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_shims(folder: Path) -> None:
