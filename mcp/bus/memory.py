@@ -166,9 +166,8 @@ class MemoryTransport:
             try:
                 subscription.on_frame(frame)
             except (Exception, asyncio.CancelledError):
-                log.exception(
-                    "a frame on %s could not be taken in", frame.subject
-                )  # as on the real one: the next is heard
+                # As on the real one: the next frame is heard all the same.
+                log.exception("a frame on %r could not be taken in", frame.subject)
 
     def _check_connected(self) -> None:
         if not self.is_connected:
