@@ -14,6 +14,7 @@ from mcp.model.container import GENERATION_LABEL, HASH_LABEL, NODE_LABEL, SERVIC
 from mcp.model.errors import AdapterError
 from mcp.model.messages import ContainerState, ImageFacts, LogLine
 from mcp.model.ports import Clock, ContainerRequest, EngineEvent, EngineFacts, Progress
+from mcp.model.values import frozen
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ TERMINATED = 0
 _NOT_FOUND = (126, "executable file not found in $PATH\n")
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Listener:
     """What is met at an address and port: it answers HTTP, or hangs up, or accepts and stays silent."""
 
@@ -35,7 +36,7 @@ class Listener:
     is_silent: bool = False
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Behaviour:
     """How the pull of an image goes, and what its containers do."""
 

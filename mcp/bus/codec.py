@@ -21,6 +21,7 @@ from mcp.bus.transport import MAX_BODY_BYTES, Frame
 from mcp.model import messages as _messages  # noqa: F401 - importing it fills the catalogue
 from mcp.model.catalogue import CATALOGUE, declared
 from mcp.model.errors import MalformedMessage
+from mcp.model.values import frozen
 
 MAX_DEPTH = 16
 """Levels of nesting in a message; ours have at most seven."""
@@ -36,7 +37,7 @@ _OP = re.compile(r"[A-Za-z0-9_-]{0,64}")
 """An operation's id: it becomes part of a subject."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Letter:
     """A decoded message with what its headers say; times are in the master's clock, which never steps."""
 

@@ -32,6 +32,7 @@ from mcp.model.errors import AdapterError, BusUnreachable, McpError, Refused
 from mcp.model.messages import Role
 from mcp.model.names import is_node_name
 from mcp.model.ports import Clock, Enrolled
+from mcp.model.values import frozen
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Reloads(Protocol):
         """Raise BusUnreachable when there is no server, another BusError or AdapterError when it did not work."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class NewOperator:
     """A fresh operator's way in; `toml` holds the private key, which is kept nowhere else."""
 

@@ -21,6 +21,7 @@ from mcp.bus.toml_text import Table, toml_text
 from mcp.model.errors import AdapterError, Refused
 from mcp.model.messages import Role
 from mcp.model.names import is_node_name
+from mcp.model.values import frozen
 
 Tables = Mapping[str, Table]
 
@@ -28,7 +29,7 @@ _CONNECTIONS: tuple[ConnectionRole, ...] = ("master", "answers", "system", "agen
 """What the first machine connects as: the master's three, and its node's agent."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class NewBus:
     """What `init_bus` wrote; every path is absolute."""
 

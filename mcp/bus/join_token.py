@@ -18,6 +18,7 @@ import attrs
 from mcp.bus.keys import SEED_BYTES, raw_seed, seed_of
 from mcp.bus.server_config import endpoint
 from mcp.model.errors import Refused
+from mcp.model.values import frozen
 
 PREFIX = "mcpj1_"
 _ID_BYTES = 4
@@ -28,7 +29,7 @@ _SHAPE = re.compile(r"mcpj1_(\[[0-9a-f:.]+\]|[a-z0-9.-]+):([0-9]{1,5})_([A-Za-z0
 _AGAIN = "Copy the whole line once more, or ask for a new invitation: mcp node invite NAME"
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class JoinToken:
     """What a join token says."""
 

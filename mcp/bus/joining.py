@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import attrs
-
 from mcp.bus.files import make_private_folder, write_whole
 from mcp.bus.join_token import JoinToken
 from mcp.bus.keys import KeyPair, new_key, read_key, write_key
@@ -15,6 +13,7 @@ from mcp.bus.nats_bus import BusAddress, Credential, connect
 from mcp.bus.transport import Transport
 from mcp.model.errors import BusUnreachable, McpError, NoAnswer, NobodyListens, NotPermitted, Refused
 from mcp.model.messages import Join, Joined
+from mcp.model.values import frozen
 
 ANSWER_TIMEOUT_S = 15.0
 """The master enrols, renders, checks and reloads before it answers: some 50 ms, seconds on a busy machine."""
@@ -23,7 +22,7 @@ PROOF_TIMEOUT_S = 10.0
 _TRY_AGAIN_S = 0.1
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Newcomer:
     """What a node says of itself when it joins."""
 

@@ -16,6 +16,7 @@ import attrs
 
 from mcp.bus.files import PRIVATE, read_private, write_whole
 from mcp.model.errors import AdapterError
+from mcp.model.values import frozen
 
 SEED_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -23,7 +24,7 @@ _USER = 20 << 3
 _SEED = 18 << 3
 
 
-@attrs.frozen
+@frozen
 class KeyPair:
     """A user's key: the seed is the secret, the public key is what the bus is told."""
 

@@ -24,6 +24,7 @@ from mcp.model.catalogue import Declared, Lane, declared
 from mcp.model.errors import BusError, BusUnreachable, MalformedMessage
 from mcp.model.messages import Failed, Join, Joined, LogLines, Register, Registered
 from mcp.model.ports import Clock
+from mcp.model.values import frozen
 
 log = logging.getLogger(__name__)
 
@@ -308,7 +309,7 @@ class Request:
             await self._link.answer(self._reply, message, op=self.op, frame=frame)
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Report:
     """What a node told: a heartbeat, an event, lines of a log."""
 
@@ -588,7 +589,7 @@ class MasterLink:
             self.on_closed()
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class _Draft:
     """An order that is to be sent, perhaps twice."""
 

@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-import attrs
-
 from mcp.bus.server_config import Listen
 from mcp.bus.subjects import ConnectionRole
+from mcp.model.values import frozen
 
 
 class BusSettings(Protocol):
@@ -36,7 +35,7 @@ class BusSettings(Protocol):
         """The folder of the private keys."""
 
 
-@attrs.frozen
+@frozen
 class ServerPlace:
     """One bus on this machine; all paths are absolute."""
 

@@ -24,13 +24,14 @@ from mcp.bus.toml_text import Table, toml_text
 from mcp.model.errors import AdapterError
 from mcp.model.messages import Role
 from mcp.model.names import is_node_name
+from mcp.model.values import frozen
 
 Part = Literal["master", "answers", "system"]
 
 _INVITATION_ID = re.compile(r"[0-9a-f]{8}")
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Node:
     """A node that may connect as itself."""
 
@@ -39,7 +40,7 @@ class Node:
     public_key: str
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Operator:
     """A person, or a script, that may send commands (or, with role debug, only watch)."""
 
@@ -48,7 +49,7 @@ class Operator:
     public_key: str
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class MasterPart:
     """One of the master's own connections."""
 
@@ -56,7 +57,7 @@ class MasterPart:
     public_key: str
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Invitation:
     """Who holds the seed of `public_key` may join as `node`, once; the seed itself is in the token only.
 
@@ -74,7 +75,7 @@ class Invitation:
 Entry = Node | Operator | MasterPart | Invitation
 
 
-@attrs.frozen
+@frozen
 class Roster:
     """Everybody that may connect; `damaged` are files that could not be read, and who is in them may not."""
 

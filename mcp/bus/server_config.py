@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
-import attrs
-
 from mcp.bus.keys import is_public_key
 from mcp.bus.subjects import Grant
 from mcp.bus.tls import SERVER_NAME
+from mcp.model.values import frozen
 
 MAX_PAYLOAD = "256KB"
 """Of one message, headers included; our own limit is half of it (transport.MAX_BODY_BYTES)."""
@@ -41,7 +40,7 @@ _HOST_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z
 _PATH = re.compile(r"/[^\x00-\x1f\x7f\"'\\$]*")
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Listen:
     """Where the server listens and what it shows to its clients."""
 
@@ -51,7 +50,7 @@ class Listen:
     """Certificate and private key, in one file."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class User:
     """One key that may connect; `label` is for whoever reads the file ("agent orion")."""
 

@@ -19,9 +19,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-import attrs
-
 from mcp.model.names import NODE_NAME
+from mcp.model.values import frozen
 
 ConnectionRole = Literal["agent", "operator", "debug", "join", "master", "answers", "system"]
 OperatorRole = Literal["admin", "deployer", "viewer", "debug"]
@@ -48,7 +47,7 @@ DEPLOYING = (
 """Commands that change services, not the fleet: a deployer may send them too. A command on neither list is for admins."""
 
 
-@attrs.frozen
+@frozen
 class Grant:
     """What one connection may publish and subscribe to. Allow lists only: deny rules can be got around."""
 

@@ -9,12 +9,11 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import attrs
-
 from mcp.bus.server_config import ACCOUNT
 from mcp.bus.subjects import grant
 from mcp.bus.transport import Frame, Transport
 from mcp.model.errors import AdapterError, BusUnreachable, NoAnswer
+from mcp.model.values import frozen
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ OnChange = Callable[[str, int, str], None]
 """Told the public key, the server's id of the connection, and the server's reason (or the client's name). Never raises."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Running:
     """What the server says of itself."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from mcp.model.errors import AdapterError
+from mcp.model.values import frozen
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -28,7 +29,7 @@ BACKDATED = timedelta(days=30)
 """How far a node's clock may lag (a board without a battery clock) and still find the certificates valid."""
 
 
-@attrs.frozen
+@frozen
 class Certificate:
     """A certificate and its private key, as PEM text."""
 

@@ -9,6 +9,7 @@ import attrs
 
 from mcp.bus.subjects import is_subject
 from mcp.model.errors import MalformedMessage
+from mcp.model.values import frozen
 
 MAX_BODY_BYTES = 128 * 1024
 """Our own limit, below the server's max_payload of 256 KB: at that one, a payload plus a header closes the client for good."""
@@ -19,7 +20,7 @@ MAX_HEADER_BYTES = 4 * 1024
 LinkState = Literal["connected", "lost", "closed"]
 
 
-@attrs.frozen
+@frozen
 class Frame:
     """One message on the wire. `status` is "503" when the server says that nobody listens to a request."""
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import attrs
-
 from mcp.cli.exits import Usage
 from mcp.cli.settings import config_folder
 from mcp.model.definition import parse_service
 from mcp.model.errors import BadDefinition
 from mcp.model.names import is_service_name
 from mcp.model.spec import ServiceSpec
+from mcp.model.values import frozen
 
 MAX_FILE_BYTES = 100_000
 """More than a message may hold is no service definition."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Definition:
     """A definition and where it was found."""
 

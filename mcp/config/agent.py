@@ -25,16 +25,17 @@ from mcp.config.reading import (
 )
 from mcp.model.errors import AdapterError
 from mcp.model.tables import Document, Key, Schema, Table, choice, flag, matching, port, string
+from mcp.model.values import frozen
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ProxyAccess:
     """[proxy]: where the proxy's admin API is."""
 
     address: str = "unix:/run/mcp/proxy.sock"
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class AcmeConfig:
     """[acme]: the authority that issues certificates, and how it is shown that we may have one."""
 
@@ -46,7 +47,7 @@ class AcmeConfig:
     eab_token_file: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Rfc2136Config:
     """[rfc2136]: the name server that takes signed updates."""
 
@@ -57,7 +58,7 @@ class Rfc2136Config:
     algorithm: str = "hmac-sha256"
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class AgentConfig:
     """mcp-agent.toml."""
 

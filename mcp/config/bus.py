@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import attrs
-
 from mcp.config.reading import HOME, absolute, address, flattened, read_document, section
 from mcp.model.tables import Key, Schema, port, string
+from mcp.model.values import frozen
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class BusConfig:
     """mcp-bus.toml: where nats-server listens, and where its files lie."""
 

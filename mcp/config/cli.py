@@ -9,9 +9,10 @@ import attrs
 from mcp.bus.files import read_private
 from mcp.config.reading import ACCESS, BusAccess, absolute, flattened, node_name, read_document, section, with_access
 from mcp.model.tables import Key, Schema, number, string
+from mcp.model.values import frozen
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class CliConfig:
     """~/.config/mcp/mcp.toml, and what `mcp operator add` prints."""
 

@@ -23,9 +23,10 @@ from mcp.config.reading import (
 )
 from mcp.model.names import DEFAULT_ZONE, is_domain
 from mcp.model.tables import Key, Schema, Table, integer
+from mcp.model.values import frozen
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class MasterConfig:
     """mcp-master.toml."""
 

@@ -14,12 +14,13 @@ import attrs
 from mcp.model.errors import BadDefinition
 from mcp.model.names import is_domain, is_node_name
 from mcp.model.tables import MAX_FILE_BYTES, Document, Key, Schema, Table, document_of, matching, number, port, string
+from mcp.model.values import frozen
 
 HOME = "/srv/mcp"
 """Where everything of a node lies, unless `--home` says otherwise."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class BusAccess:
     """[bus] of whoever connects: where it is, how to know it, which key to show."""
 

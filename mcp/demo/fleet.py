@@ -19,11 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import attrs
-
 import mcp
 from mcp.demo.processes import Child, wait_until
 from mcp.model.errors import AdapterError
+from mcp.model.values import frozen
 
 COMMAND_TIMEOUT_S = 120.0
 READY_TIMEOUT_S = 30.0
@@ -32,7 +31,7 @@ Tables = Mapping[str, Mapping[str, Any]]
 Tell = Callable[[str], None]
 
 
-@attrs.frozen
+@frozen
 class DemoNode:
     """A node of the demo."""
 

@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-import attrs
-
 from mcp.adapters.docker import DockerEngine
 from mcp.adapters.host import LinuxHost
 from mcp.model.errors import AdapterError
+from mcp.model.values import frozen
 
 _APPLETS = "sh httpd sleep cat echo env hostname date nc ls ps kill mkdir rm test true false dd head tr chmod printf id"
 
@@ -47,7 +46,7 @@ _NO_BUSYBOX = "Install it: `apt-get install busybox-static`."
 _OF_DYNAMIC_PROGRAMS = (b"/ld-linux", b"/ld-musl", b"/ld64.so")
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Image:
     """An image as an engine stores it: a configuration and layers (tar files, not compressed)."""
 

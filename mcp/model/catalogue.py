@@ -9,6 +9,8 @@ from typing import Any, TypeVar, dataclass_transform
 
 import attrs
 
+from mcp.model.values import frozen
+
 
 class Lane(StrEnum):
     """Who may say a message to whom (docs/bus.md lanes; subjects and grants are in mcp/bus/subjects.py)."""
@@ -24,7 +26,7 @@ class Lane(StrEnum):
     FRAME = "frame"  # an answer, or one of the frames before it
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Declared:
     """One catalogue entry: what the codec, the schemas, the subjects and the grants are made from."""
 
@@ -59,7 +61,7 @@ T = TypeVar("T")
 
 
 def _declare(cls: type[T], lane: Lane, reply: type | None) -> type[T]:
-    made: type[T] = attrs.frozen(kw_only=True)(cls)
+    made: type[T] = frozen(kw_only=True)(cls)
     entry = Declared(kind=kind_of(cls.__name__), cls=made, lane=lane, reply=reply)
     if entry.kind in CATALOGUE:
         raise ValueError(f"message {entry.kind} is declared twice")

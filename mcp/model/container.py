@@ -6,11 +6,10 @@ import json
 import re
 from collections.abc import Mapping
 
-import attrs
-
 from mcp.model.names import container_name, is_service_name, port_variable
 from mcp.model.ports import ContainerRequest, PortBinding
 from mcp.model.spec import ComponentSpec, ServiceSpec, spec_hash
+from mcp.model.values import frozen
 
 LABEL = "net.metacircular.mcp."
 OWNER_LABEL = LABEL + "owner"
@@ -30,7 +29,7 @@ _SHORT = 64
 """Longer than any hash or operation id of ours."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ContainerDefaults:
     """What a node decides for its containers (mcp-agent.toml, [docker])."""
 
@@ -107,7 +106,7 @@ def _bindings(
     return (*routes, *fixed)
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Labels:
     """What the labels of one of our containers say."""
 

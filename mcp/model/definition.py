@@ -31,6 +31,7 @@ from mcp.model.tables import (
     size,
     strings,
 )
+from mcp.model.values import frozen
 
 if TYPE_CHECKING:
     from mcp.model.toml_lines import Path
@@ -59,7 +60,7 @@ SET_BY_THE_AGENT = ("MCP_SERVICE", "MCP_COMPONENT", "MCP_NODE")
 """Variables that tell a container where it is; a definition may not claim otherwise."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Defaults:
     """What a definition may leave to the fleet; an empty `allowed_domains` checks no public hostname here."""
 
@@ -67,7 +68,7 @@ class Defaults:
     allowed_domains: tuple[str, ...] = ()
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Parsed:
     """A definition, and what in it works but was probably not meant."""
 

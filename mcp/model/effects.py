@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import attrs
-
 from mcp.model.messages import Failed, Role, StreamLogs
 from mcp.model.saga import Certainty
+from mcp.model.values import frozen
 
 # ---------------------------------------------------------------------- events
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Started:
     """The master begins; these nodes are enrolled."""
 
@@ -20,7 +19,7 @@ class Started:
     wall_s: float
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class CommandReceived:
     """An operator asks; `asker` names the reply slot, `operator` comes from the subject only."""
 
@@ -29,7 +28,7 @@ class CommandReceived:
     message: Any
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class RegisterReceived:
     """A node registers; the inventory may be a part."""
 
@@ -38,7 +37,7 @@ class RegisterReceived:
     message: Any
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ReportReceived:
     """A heartbeat or a node event."""
 
@@ -46,7 +45,7 @@ class ReportReceived:
     message: Any
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class WorkProgressed:
     """A progress frame of an order."""
 
@@ -54,7 +53,7 @@ class WorkProgressed:
     message: Any
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class WorkEnded:
     """An order ended, in a reply or in trouble."""
 
@@ -66,7 +65,7 @@ class WorkEnded:
     """Nobody listens on the node's work subject."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class NodeDisconnected:
     """The bus server says that a node's connection is gone."""
 
@@ -74,12 +73,12 @@ class NodeDisconnected:
     reason: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class BusBack:
     """Our own connection was lost and is back: nodes need a moment too."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class NodeEnrolled:
     """A node may connect from now on."""
 
@@ -87,14 +86,14 @@ class NodeEnrolled:
     role: Role
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class NodeForgotten:
     """A node may no longer connect."""
 
     node: str
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class FloodChanged:
     """A node says too much and was muted, or may speak again."""
 
@@ -102,7 +101,7 @@ class FloodChanged:
     is_flooding: bool
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Tick:
     """Time passes."""
 
@@ -127,7 +126,7 @@ Event = (
 # --------------------------------------------------------------------- effects
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class SendWork:
     """Send an order; its end comes back as `WorkEnded` under the same call."""
 
@@ -139,7 +138,7 @@ class SendWork:
     idle_s: float
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Say:
     """Send a frame to whoever asked."""
 
@@ -148,14 +147,14 @@ class Say:
     message: Any
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Tell:
     """Publish an event to everybody."""
 
     message: Any
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Invite:
     """Make an invitation and answer with it."""
 
@@ -164,7 +163,7 @@ class Invite:
     role: Role
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Expel:
     """Cut a node off and forget it, then answer."""
 
@@ -172,7 +171,7 @@ class Expel:
     node: str
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class OpenStream:
     """Have these nodes send log lines to whoever asked."""
 
@@ -181,7 +180,7 @@ class OpenStream:
     legs: tuple[tuple[str, StreamLogs], ...]
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class FeedStream:
     """The reader of a stream has room for more (0: it has gone)."""
 

@@ -8,6 +8,7 @@ import attrs
 
 from mcp.model.messages import ContainerState, Inventory, NodeFacts, OperationRecord, ServiceRecord
 from mcp.model.names import is_service_name
+from mcp.model.values import frozen
 
 PARTS_MOST = 64
 """Parts of one inventory: 6 MiB of records."""
@@ -56,7 +57,7 @@ def _is_sane(container: ContainerState) -> bool:
     return all(map(is_service_name, names)) and 0 <= container.generation <= NEWEST_GENERATION
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Heard:
     """A whole inventory, put together from its parts."""
 

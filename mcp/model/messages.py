@@ -12,6 +12,7 @@ import attrs
 
 from mcp.model.catalogue import Lane, message, work
 from mcp.model.spec import ServiceSpec
+from mcp.model.values import frozen
 
 Role = Literal["master", "worker", "edge"]
 EngineState = Literal["up", "down", "frozen", "none"]
@@ -24,7 +25,7 @@ PROTOCOL_VERSION = 1
 # ---------------------------------------------------------------- shared parts
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Resources:
     """What a node has and has left, as its own kernel says."""
 
@@ -37,7 +38,7 @@ class Resources:
     disk_free_bytes: int
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ContainerState:
     """One container of ours, as the engine sees it; times are RFC 3339 UTC, empty when there is none."""
 
@@ -60,7 +61,7 @@ class ContainerState:
     problem: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Candidate:
     """A generation that was accepted and is not yet the service's own: an unfinished deploy."""
 
@@ -72,7 +73,7 @@ class Candidate:
     """Every container of it is running and was seen healthy."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ServiceRecord:
     """What an agent knows of one service: the accepted intent, and what really runs.
 
@@ -91,7 +92,7 @@ class ServiceRecord:
     problems: tuple[str, ...] = ()
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class OperationRecord:
     """One line of an agent's journal: the end of an order, kept so that a new master can tell it."""
 
@@ -104,7 +105,7 @@ class OperationRecord:
     ended_at: str
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ContainerLog:
     """The last lines of a container that failed, for the operator to read."""
 
@@ -160,7 +161,7 @@ class Registered:
     """Services that were removed while the node was away, each "name@generation": nothing newer is touched."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class NodeFacts:
     """What does not change while an agent runs; the incarnation is new at each start of an agent."""
 
@@ -252,7 +253,7 @@ class NodeLeaving:
     reason: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class LogLine:
     """One line of a container's output; `at` is RFC 3339 UTC with nanoseconds, as the engine stamped it."""
 
@@ -297,7 +298,7 @@ class TakeInventory:
     """Tell everything you know; parts before the last come as progress frames."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ImageFacts:
     """What is known of an image without pulling it; `error` says why nothing is.
 

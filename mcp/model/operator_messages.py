@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import attrs
-
 from mcp.model.catalogue import Lane, command, message
 from mcp.model.messages import ContainerLog, ContainerState, Done, Role
 from mcp.model.spec import ServiceSpec
+from mcp.model.values import frozen
 
 NodeHealth = Literal["healthy", "unhealthy", "unknown", "engine-down", "unreachable"]
 ServiceState = Literal["running", "stopped", "failed", "updating", "unknown", "orphan"]
@@ -24,7 +23,7 @@ StepState = Literal["waiting", "running", "done", "unchanged", "failed", "undoin
 # ------------------------------------------------------------------ operations
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Step:
     """One line of an operation, as the operator sees it."""
 
@@ -112,7 +111,7 @@ class RestartService:
     service: str
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class PlacementRow:
     """What placement thinks of one node; `score` is its number of containers: fewest wins, ties by name."""
 
@@ -150,7 +149,7 @@ class PlanService:
     node: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class CertificateRow:
     """A certificate that really serves a route."""
 
@@ -159,7 +158,7 @@ class CertificateRow:
     serial: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class RouteRow:
     """A route as status shows it."""
 
@@ -172,7 +171,7 @@ class RouteRow:
     certificate: CertificateRow | None = None
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ServiceRow:
     """One service on the status screen; `seen_s` is the age of the youngest word about it, `source` whose word it is."""
 
@@ -190,7 +189,7 @@ class ServiceRow:
     source: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class NodeRow:
     """One node on the status screen; `last_seen_s` is None for a node never seen by this master."""
 
@@ -217,7 +216,7 @@ class NodeRow:
     problems: tuple[str, ...] = ()
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class OperationRow:
     """One operation as `mcp op list` shows it."""
 
@@ -257,7 +256,7 @@ class GetStatus:
     node: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Evidence:
     """One thing the master saw of a node."""
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import attrs
-
 from mcp.model.errors import NoNodeFits
 from mcp.model.fleet import Fleet, Node
 from mcp.model.messages import ImageFacts
 from mcp.model.operator_messages import PlacementRow
 from mcp.model.spec import ServiceSpec
+from mcp.model.values import frozen
 
 GIB = 1024**3
 MIB = 1024**2
@@ -28,7 +27,7 @@ def size(amount: int) -> str:
     return f"{amount / GIB:.1f} GiB" if amount >= GIB else f"{amount / MIB:.0f} MiB"
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Wish:
     """What is asked of placement."""
 

@@ -15,6 +15,7 @@ from mcp.model.messages import (
     Resources,
 )
 from mcp.model.spec import HealthSpec, ServiceSpec
+from mcp.model.values import frozen
 
 Progress = Callable[[str, int, int], None]
 """Called with what is happening, how much of it is done and how much there is (bytes or steps; 0, 0 when unknown)."""
@@ -23,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 # ------------------------------------------------------------------ containers
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class PortBinding:
     """A host address and port that forwards to a port in the container."""
 
@@ -33,7 +34,7 @@ class PortBinding:
     protocol: Literal["tcp", "udp"] = "tcp"
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ContainerRequest:
     """Everything the engine needs for one container; made by model/container.py, never by an adapter."""
 
@@ -53,7 +54,7 @@ class ContainerRequest:
     stop_grace_s: float = 10.0
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class EngineFacts:
     """What an engine says of itself."""
 
@@ -64,7 +65,7 @@ class EngineFacts:
     name: str = "docker"
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class EngineEvent:
     """Something happened to a container of ours, or to the engine itself (then `name` is empty)."""
 
@@ -176,7 +177,7 @@ class Host(Protocol):
     arch: str
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Intent:
     """What an agent has accepted for a service, as it lies in its records."""
 
@@ -267,7 +268,7 @@ class IdSource(Protocol):
         """Return a fresh short id, e.g. "4f2c9a1b": 8 hex digits, unique within a fleet's memory."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Enrolled:
     """A node that may connect, as the bus's enrolment files say."""
 

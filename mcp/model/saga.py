@@ -19,6 +19,7 @@ from mcp.model.fleet import Debt, Fleet
 from mcp.model.messages import ContainerLog, Failed, ImageFacts, ServiceRecord
 from mcp.model.operator_messages import Outcome, Step, StepState
 from mcp.model.spec import ServiceSpec
+from mcp.model.values import frozen
 
 RETURN_TIMEOUT_S = 60.0
 """How long an operation waits for a node that was lost in the middle, before it is undone without it."""
@@ -28,7 +29,7 @@ ANEW_LIMIT = 5
 """How often an operation asks agents again that were started anew while they had it in hand: one may be crashed by it."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Order:
     """One piece of work for one agent; `idle_s` bounds the silence between its frames, `timeout_s` the whole."""
 
@@ -42,7 +43,7 @@ Certainty = Literal["nothing", "failed", "unknown"]
 """After trouble: nothing was done; the agent says it failed; or nobody can tell."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Answer:
     """How an order ended: a reply, or trouble with how sure we are of it."""
 
@@ -73,7 +74,7 @@ class Job:
     warnings: list[str] = attrs.field(factory=list)
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class StepOf:
     """One row of a table.
 
@@ -101,7 +102,7 @@ class StepFailed(McpError):
 # ------------------------------------------------------------------ what comes out
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Send:
     """Give this order to its agent; the answer comes back under the call's name."""
 
@@ -109,14 +110,14 @@ class Send:
     order: Order
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Moved:
     """A step is not what it was: tell whoever follows."""
 
     step: Step
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Ended:
     """The operation is over."""
 

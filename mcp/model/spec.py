@@ -8,12 +8,14 @@ from typing import Literal
 
 import attrs
 
+from mcp.model.values import frozen
+
 Tier = Literal["core", "worker"]
 RouteMode = Literal["l4", "l7"]
 Update = Literal["start-first", "stop-first"]
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class HealthSpec:
     """When a component counts as healthy: an HTTP GET, an accepted connection, or a command's exit 0.
 
@@ -28,7 +30,7 @@ class HealthSpec:
     timeout_s: float = 30.0
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class RouteSpec:
     """One listener on a proxy; `hostname` is empty for the internal default name."""
 
@@ -39,7 +41,7 @@ class RouteSpec:
     public: bool = False
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class FixedPort:
     """An old-style published port: host address and port, container port."""
 
@@ -49,7 +51,7 @@ class FixedPort:
     protocol: Literal["tcp", "udp"] = "tcp"
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class VolumeSpec:
     """A host path mounted into the container."""
 
@@ -58,7 +60,7 @@ class VolumeSpec:
     read_only: bool = False
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ComponentSpec:
     """One container of a service; memory_bytes and cpu_cores are reservation and limit, 0 means none."""
 
@@ -79,7 +81,7 @@ class ComponentSpec:
     routes: tuple[RouteSpec, ...] = ()
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class ServiceSpec:
     """A whole service definition, validated; `node` pins it and overrides `tier`."""
 

@@ -12,9 +12,8 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import attrs
-
 from mcp.model.errors import BadDefinition
+from mcp.model.values import frozen
 
 if TYPE_CHECKING:
     from mcp.model.toml_lines import Path, TomlLines
@@ -208,7 +207,7 @@ def shown(value: object) -> str:
 # ------------------------------------------------------------------ declarations
 
 
-@attrs.frozen
+@frozen
 class Key:
     """One key that a table may have; `to` is the attribute that its value is for, where that is called otherwise.
 
@@ -224,7 +223,7 @@ class Key:
     """What the table may have that is the key's value."""
 
 
-@attrs.frozen
+@frozen
 class Schema:
     """The keys that a table may have, and where such a table stands, for people."""
 

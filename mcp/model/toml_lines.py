@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
-import attrs
+from mcp.model.values import frozen
 
 Path = tuple[str | int, ...]
 """A way into a document: ("components", 0, "routes", 1, "port")."""
@@ -24,7 +24,7 @@ _WORD = re.compile(
 )
 
 
-@attrs.frozen
+@frozen
 class Statement:
     """One statement of a TOML text: a header, or a key with its value; offsets in characters."""
 

@@ -28,6 +28,7 @@ from mcp.model.messages import (
 from mcp.model.names import container_name, is_service_name
 from mcp.model.ports import Intent
 from mcp.model.spec import ComponentSpec, ServiceSpec
+from mcp.model.values import frozen
 
 RUNNING = ("running", "restarting")
 
@@ -41,7 +42,7 @@ LOST_WITH_THE_MACHINE = 255
 """The exit code that Docker writes for a container whose machine lost its power."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Known:
     """What an agent knows of one service: its accepted intents, and the containers the engine showed last."""
 
@@ -154,7 +155,7 @@ def stale(known: Known, generation: int, node: str) -> Refused:
 Selector = Callable[[ContainerState], bool]
 
 
-@attrs.frozen
+@frozen
 class Make:
     """Create the container of a component."""
 
@@ -162,7 +163,7 @@ class Make:
     generation: int
 
 
-@attrs.frozen
+@frozen
 class Launch:
     """Start a container that is there."""
 
@@ -170,7 +171,7 @@ class Launch:
     generation: int
 
 
-@attrs.frozen
+@frozen
 class Await:
     """Wait until a container is healthy."""
 
@@ -178,7 +179,7 @@ class Await:
     generation: int
 
 
-@attrs.frozen
+@frozen
 class Halt:
     """Stop a container."""
 
@@ -186,7 +187,7 @@ class Halt:
     grace_s: float
 
 
-@attrs.frozen
+@frozen
 class Discard:
     """Remove a container."""
 
