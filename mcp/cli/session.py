@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from ssl import CertificateError
 
 from mcp.bus.nats_bus import BusAddress, Credential, NatsTransport, connect
 from mcp.bus.plain import Declined, OnPlain, Plain, PlainLink
@@ -76,8 +77,10 @@ class Session:
             async with asyncio.timeout(CONNECT_S):
                 try:
                     return await self._attempt()
-                except NotPermitted:
-                    # Whoever is in mid-handshake while the bus reads its configuration anew is refused once.
+                except (NotPermitted, BusUnreachable) as error:
+                    # Whoever is in mid-handshake while the bus reads its configuration anew is refused, or cut off, once.
+                    if isinstance(error.__cause__, ConnectionRefusedError | CertificateError):
+                        raise
                     await asyncio.sleep(AGAIN_S)
                 return await self._attempt()
         except TimeoutError as error:
