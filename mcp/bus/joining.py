@@ -92,8 +92,10 @@ async def _enter(token: JoinToken) -> Transport:
     door = Credential(role="join", name=token.invitation, seed=token.seed)
     try:
         return await connect(address, door, forever=False, name="mcp-agent join")
-    except NotPermitted:
-        # A connection in mid-handshake while the server reloads is refused once, whoever it is.
+    except (NotPermitted, BusUnreachable) as error:
+        # A connection in mid-handshake while the server reloads is refused or cut once, whoever it is.
+        if error.code not in ("not_permitted", "hung_up"):
+            raise
         await asyncio.sleep(_TRY_AGAIN_S)
     try:
         return await connect(address, door, forever=False, name="mcp-agent join")

@@ -396,7 +396,9 @@ class NatsTransport:
         elif isinstance(error, TimeoutError):
             why = "no answer in time"
         elif isinstance(error, ConnectionError):
+            # A server that reads its configuration anew does this to whoever is just coming in: worth a second try.
             why = "it hung up in the middle of the greeting: is it a bus, with TLS 1.3?"
+            return BusUnreachable(f"cannot connect to the bus at {self.address}: {why}", code="hung_up")
         else:
             why = text or type(error).__name__
         return BusUnreachable(f"cannot connect to the bus at {self.address}: {why}")
