@@ -76,10 +76,16 @@ def _say_what_is_next(out: Output, left: list[str], folder: Path) -> None:
         out.say(each)
     where = "" if folder == home_folder() else f" --home {folder}"
     out.say("\nNext:")
-    out.say(f"  mcp operator add {_user()}{where} > {_user()}.mcp   # here: your way in")
-    out.say(f"  mcp login {_user()}.mcp                    # where you work")
-    out.say("  mcp node list")
-    out.say("  mcp node invite orion                # prints the line to run on the next node")
+    name = _user()
+    lines = (
+        (f"mcp operator add {name}{where} > {name}.mcp", "here: your way in"),
+        (f"mcp login {name}.mcp", "where you work"),
+        ("mcp node list", "this node"),
+        ("mcp node invite orion", "prints the line to run on the next node"),
+    )
+    width = max(len(words) for words, _ in lines)
+    for words, why in lines:
+        out.say(f"  {words:<{width}}  # {why}")
 
 
 def _user() -> str:

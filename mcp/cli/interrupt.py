@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 EXIT_INTERRUPTED = 130
 
@@ -39,7 +38,7 @@ def raise_again() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _interrupted(*_: Any) -> None:
+def _interrupted(*_: object) -> None:
     if (first := _Now.instead) is not None:
         _Now.instead = None
         first()

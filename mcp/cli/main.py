@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
 
 from mcp.cli import interrupt
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run a command line and leave with its exit code (docs/cli.md)."""
     interrupt.listen(as_json="--json" in sys.argv)
     from mcp.cli import run  # now a Ctrl-C while things are loaded is answered in one line

@@ -138,6 +138,9 @@ def _make_private(stream: Any) -> None:
 
 def _with_enrolment(home: str, work: Callable[[FileEnrolment], Awaitable[int]]) -> int:
     """Open the enrolment of this machine and do the work; the bus is told if it runs."""
+    import logging
+
+    logging.getLogger().addHandler(logging.NullHandler())  # what the enrolment logs is for the master's journal
     from mcp.adapters.clock import SystemClock
     from mcp.bus.enrolment import FileEnrolment
     from mcp.bus.place import ServerPlace

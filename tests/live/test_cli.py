@@ -204,7 +204,7 @@ def test_ctrl_c_ends_a_command_at_any_moment_in_one_line(delay_s: float, fleet: 
         process = subprocess.Popen(
             resolved(["mcp", "status"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=fleet.env(), text=True
         )
-        # Until our first line runs, a Ctrl-C is Python's own; click brings the first library that is loaded at run time.
+        # Until our first lines run, a Ctrl-C is Python's own; what follows them brings the first library that is loaded at run time.
         maps = Path(f"/proc/{process.pid}/maps")
         wait_until("the command is loading", lambda: "lib-dynload" in maps.read_text(), timeout_s=10)
         time.sleep(delay_s)

@@ -37,7 +37,9 @@ while [ ! -e /tmp/go ] && [ $i -lt 40 ]; do i=$((i+1)); sleep 0.1; done
 mkdir -p /www && echo ok >/www/healthz
 httpd -f -p "$PORT" -h /www
 """
-LASTING_S = 4.0
+STUCK = """#!/bin/sh
+exec sleep 600
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,26 @@ def engine() -> Iterator[PrivateEngine]:
 @pytest.fixture(scope="module")
 def fleet(engine: PrivateEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoFleet]:
     with DemoFleet(tmp_path_factory.mktemp("fleet"), engine_url=engine.url, network="mcptest") as made:
-        images = [web_image("v1"), web_image("v2"), crasher_image(), script_image("localhost/slow:v1", SLOW)]
+        images = [
+            web_image("v1"),
+            web_image("v2"),
+            crasher_image(),
+            script_image("localhost/slow:v1", SLOW),
+            script_image("localhost/stuck:v1", STUCK),
+        ]
         asyncio.run(load(engine.url, images))
-        for name, image in (("web", "web:v1"), ("crash", "crasher:v1"), ("slow", "slow:v1")):
+        for name, image in (("web", "web:v1"), ("crash", "crasher:v1"), ("slow", "slow:v1"), ("stuck", "stuck:v1")):
             (made.folder / f"{name}.toml").write_text(SERVICE.format(name=name, image=f"localhost/{image}"))
         yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_deployed(fleet: DemoFleet) -> None:
+    """What a test before has left, when it failed, is not this one's."""
+    for row in fleet.json("status")["operations"]:
+        fleet.mcp("op", "show", row["op"], "--follow")
+    left = [row["name"] for row in fleet.json("status")["services"]]
+    assert not left or fleet.mcp("undeploy", *left).returncode == 0
 
 
 def file(fleet: DemoFleet, name: str) -> str:
@@ -118,12 +135,12 @@ def test_ctrl_c_leaves_the_operation_running_and_says_how_to_go_on(delay_s: floa
 
 
 def test_a_cancelled_operation_is_undone_and_its_command_says_so(fleet: DemoFleet) -> None:
-    deploy = started(fleet, "deploy", file(fleet, "slow"))
+    deploy = started(fleet, "deploy", file(fleet, "stuck"))
     wait_until(
-        "the deploy is taken on", lambda: (operation_of(fleet, "slow") or {}).get("state") == "running", timeout_s=20
+        "the deploy is taken on", lambda: (operation_of(fleet, "stuck") or {}).get("state") == "running", timeout_s=20
     )
-    busy = fleet.mcp("deploy", file(fleet, "slow"))
-    op = operation_of(fleet, "slow")["op"]
+    busy = fleet.mcp("deploy", file(fleet, "stuck"))
+    op = operation_of(fleet, "stuck")["op"]
     assert (busy.returncode, op in busy.stderr) == (3, True)
     assert fleet.mcp("op", "cancel", op).returncode == 0
     _, err = deploy.communicate(timeout=60)
