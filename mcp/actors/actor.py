@@ -210,12 +210,20 @@ class Actor:
     # ------------------------------------------------------------------------ life
 
     async def run(self) -> None:
-        """Handle letters until cancelled; those that are left then are answered "stopping"."""
+        """Handle letters until cancelled; those that are left then are answered "stopping".
+
+        Raises:
+            McpError: it could not be started.
+        """
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 await self.started()
                 while True:
                     await self._take(await self._mailbox.get())
+        except BaseExceptionGroup as group:
+            if len(group.exceptions) == 1:
+                raise group.exceptions[0] from None
+            raise
         finally:
             self._is_stopped = True
             await self._part()

@@ -50,6 +50,7 @@ from mcp.model.messages import (
 from mcp.model.names import is_service_name
 from mcp.model.ports import EngineEvent
 from mcp.model.spec import ServiceSpec
+from mcp.model.values import frozen
 
 if TYPE_CHECKING:
     from mcp.actors.agent_logs import LogSender
@@ -63,7 +64,7 @@ FIRST_LOOK_S = 2.0
 REGISTER_TIMEOUT_S = 5.0
 RETRY_FIRST_S = 0.2
 RETRY_LAST_S = 10.0
-RATE_LIMITED_S = 20.0
+RATE_LIMITED_S = 5.0
 COMPLAIN_EVERY_S = 60.0
 
 PART_BYTES = 96 * 1024
@@ -99,7 +100,7 @@ Work = (
 )
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class AgentFacts:
     """What an agent says of itself at registration; the incarnation is new at each start."""
 
@@ -111,7 +112,7 @@ class AgentFacts:
     heartbeat_s: float = 30.0
 
 
-@attrs.frozen
+@frozen
 class Beat:
     """Time for a heartbeat."""
 
@@ -219,7 +220,7 @@ class AgentActor(Actor):
                 if now_s - complained_s >= COMPLAIN_EVERY_S:
                     complained_s = now_s
                     log.warning("not registered yet, trying on: %s", error.reason, extra={"node": self.node.name})
-                wait_s = RATE_LIMITED_S if error.code == "rate_limited" else self.node.spread(pause_s)
+                wait_s = self.node.spread(RATE_LIMITED_S) if error.code == "rate_limited" else self.node.spread(pause_s)
                 pause_s = min(2 * pause_s, RETRY_LAST_S)
                 await self._bus_alarm.unless_rung(self.node.clock.sleep(wait_s))
             else:

@@ -146,7 +146,8 @@ class Engine:
     def _set(self, state: EngineState, reason: str) -> None:
         was, self.state, self.reason = self.state, state, reason
         if was != state:
-            log.warning("container engine is %s (was %s)", state, was, extra={"node": self._node, "reason": reason})
+            level = logging.WARNING if self.has_looked or state != "up" else logging.INFO
+            log.log(level, "container engine is %s (was %s)", state, was, extra={"node": self._node, "reason": reason})
             self.on_change(was, state)
 
 

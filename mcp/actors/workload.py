@@ -12,11 +12,11 @@ from mcp.actors.actor import Actor, Envelope, Failure, failed_from, handles
 from mcp.actors.converger import Converger
 from mcp.actors.in_hand import InHand
 from mcp.actors.node_state import NodeState
-from mcp.bus.codec import decode, encode
+from mcp.bus.codec import decode, encode, size_of
 from mcp.model import workload as model
 from mcp.model.admission import check_ports, check_volumes
 from mcp.model.catalogue import declared
-from mcp.model.errors import AdapterError, MalformedMessage, McpError
+from mcp.model.errors import AdapterError, MalformedMessage, McpError, Refused
 from mcp.model.messages import (
     CommitWorkload,
     ContainerState,
@@ -35,6 +35,7 @@ from mcp.model.messages import (
     WorkloadRunning,
 )
 from mcp.model.ports import Intent
+from mcp.model.values import frozen
 from mcp.model.workload import Await, Goal, Known
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,14 @@ RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 30.0
 """Back-off of what is owed to a service (its containers after a boot, the removal of an old copy) until it works."""
 
+DEFINITION_LIMIT_BYTES = 40 * 1024
+"""Two of them, the old and the new, and all that is told of their containers must fit into one message."""
+
 RECORDED = (RunWorkload, CommitWorkload, DropWorkload, RemoveWorkload, StopWorkload, StartWorkload, RestartWorkload)
 """Orders whose answer is written down, so that the same order again gets it again."""
 
 
-@attrs.frozen(kw_only=True)
+@frozen(kw_only=True)
 class Converge:
     """Owed to a service without an order: after boot, after the engine's return, after an order that got stuck half-way."""
 
@@ -322,9 +326,17 @@ class WorkloadActor(Actor):
         """Refuse, before anything is touched, what cannot or must not run here.
 
         Raises:
-            Refused: forbidden_path, or port_in_use.
+            Refused: too_large, forbidden_path, or port_in_use.
         """
         node = self._node
+        size = size_of(order.spec)
+        if size > DEFINITION_LIMIT_BYTES:
+            raise Refused(
+                "too_large",
+                f"cannot run {self.service}: its definition takes {size // 1024} KiB on the bus,"
+                f" the limit is {DEFINITION_LIMIT_BYTES // 1024} KiB",
+                hint="Move large values of `env` or `cmd` into a file that is mounted.",
+            )
         for component in order.spec.components:
             check_volumes(self.service, component, node.name, real_path=node.host.real_path, own_paths=node.own_paths)
         check_ports(

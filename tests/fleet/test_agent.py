@@ -88,7 +88,7 @@ async def test_a_refused_registration_is_tried_again_later() -> None:
     await world.open()
     world.answer = Failed(code="rate_limited", reason="registers too often")
     life = await world.boot(wait=False)
-    await world.clock.advance(19)
+    await world.clock.advance(3.7)
     assert len(world.registrations) == 1
     world.answer = Registered(epoch=7)
     await world.clock.advance_until(life.agent.is_registered.is_set, 3.0)
@@ -446,6 +446,13 @@ async def test_a_path_that_hands_the_machine_over_is_refused(world: World, path:
 async def test_other_paths_are_mounted(world: World, path: str, *, read_only: bool) -> None:
     volume = VolumeSpec(host_path=path, container_path="/data", read_only=read_only)
     assert isinstance(await world.asked(run(1, service(component(volumes=(volume,))))), WorkloadRunning)
+
+
+async def test_a_definition_that_could_not_be_told_is_refused(world: World) -> None:
+    fat = component(env={f"V{i}": "x" * 100 for i in range(400)})
+    failed = await failure(world, run(1, service(fat)))
+    assert failed.code == "too_large"
+    assert "the limit is 40 KiB" in failed.reason
 
 
 async def test_an_inactive_service_is_made_and_not_started(world: World) -> None:

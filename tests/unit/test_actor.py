@@ -284,3 +284,12 @@ async def test_an_alarm_cuts_a_wait_short_even_when_it_rang_before() -> None:
     assert await alarm.unless_rung(asyncio.sleep(5, "slept")) is None
     assert await alarm.unless_rung(asyncio.sleep(0.001, "slept")) == "slept"
     assert loop.time() - began < 2
+
+
+async def test_an_actor_that_cannot_start_says_why() -> None:
+    class Broken(Greeter):
+        async def started(self) -> None:
+            raise AdapterError("cannot read the records", code="records_failed")
+
+    with pytest.raises(AdapterError, match="cannot read the records"):
+        await Broken().run()
