@@ -260,7 +260,7 @@ def check(answers: Sequence[Answer]) -> None:
 
 
 DEPLOY = (
-    StepOf(name="place", do=ask_for_images, then=choose_node),
+    StepOf(name="place", do=ask_for_images, then=choose_node, is_question=True),
     StepOf(name="pull", do=pull_images, then=raise_generation),
     StepOf(name="stop", do=stop_elsewhere, undo=start_elsewhere),
     StepOf(name="run", do=run_workload, then=keep_record, undo=drop_workload, debt=candidate_debt),
@@ -268,7 +268,7 @@ DEPLOY = (
 )
 """Put a service on its node: after `retire` there is no way back."""
 
-PLAN = (StepOf(name="place", do=ask_for_images, then=choose_node),)
+PLAN = (StepOf(name="place", do=ask_for_images, then=choose_node, is_question=True),)
 """Find out where a service would go; nothing is changed."""
 
 

@@ -91,7 +91,7 @@ class Master:
     """Nodes that the census has not heard yet, and since when it asks."""
     _commands: Commands = attrs.field(init=False)
     _calls: dict[str, tuple[str, str]] = attrs.field(factory=dict)
-    _debts: dict[str, Debt] = attrs.field(factory=dict)
+    _debts: dict[str, tuple[str, Debt]] = attrs.field(factory=dict)
     _registrations: dict[str, deque[float]] = attrs.field(factory=dict)
     _wall_offset_s: float = 0.0
     _judge_at_s: float | None = None
@@ -252,7 +252,8 @@ class Master:
         if inventory.part == 1 and (why := self._too_often(node, inventory, now_s)):
             return [refuse(event.asker, why)]
         if node.facts and node.incarnation != inventory.facts.incarnation:
-            if inventory.facts.started_at < node.facts.started_at:
+            # Of one that is gone, the time of its start proves nothing: a clock may have been set back meanwhile.
+            if inventory.facts.started_at < node.facts.started_at and node.health in ("healthy", "engine-down"):
                 return [
                     refuse(
                         event.asker,
@@ -374,7 +375,8 @@ class Master:
     def _progress(self, event: WorkProgressed, now_s: float) -> list[Effect]:
         purpose, about = self._calls.get(event.call, ("", ""))
         if purpose == "inventory" and isinstance(event.message, Inventory):
-            self.fleet.nodes[about].take_inventory(event.message, now_s)
+            if node := self.fleet.nodes.get(about):
+                node.take_inventory(event.message, now_s)
         elif purpose == "op" and isinstance(event.message, Working) and event.message.detail:
             return self.desk.progressed(about, event.call, event.message.detail, now_s)
         return []
@@ -459,21 +461,21 @@ class Master:
         self._debts_asked_s = now_s
         effects: list[Effect] = []
         for debt in node.debts:
-            if debt in self._debts.values():
+            if (node.name, debt) in self._debts.values():
                 continue
             kind = DropWorkload if debt.candidate_only else RemoveWorkload
             order = Order(node=node.name, message=kind(service=debt.service, generation=debt.generation))
             effect = self.send("debt", node.name, order)
             assert isinstance(effect, SendWork)
-            self._debts[effect.call] = debt
+            self._debts[effect.call] = (node.name, debt)
             effects.append(effect)
         return effects
 
     def _debt_ended(self, event: WorkEnded, now_s: float) -> None:
-        debt = self._debts.pop(event.call, None)
-        for node in self.fleet.nodes.values():
-            if event.failure is None and debt in node.debts:
-                node.debts.remove(debt)
+        name, debt = self._debts.pop(event.call, ("", None))
+        node = self.fleet.nodes.get(name)
+        if node and event.failure is None and debt in node.debts:
+            node.debts.remove(debt)
 
     def _forget(self, name: str) -> list[Effect]:
         self.fleet.nodes.pop(name, None)

@@ -89,6 +89,8 @@ class StepOf:
     undo: Callable[[Job], list[Order]] | None = None
     debt: Callable[[Job, Order], Debt | None] | None = None
     is_final: bool = False
+    is_question: bool = False
+    """Nothing is changed, and others may answer: a node that is silent is not waited for."""
 
 
 class StepFailed(McpError):
@@ -162,7 +164,8 @@ class Operation:
         order = self._calls.pop(call, None)
         if order is None or self.phase == "ended":
             return []
-        if answer.failure and answer.certainty == "unknown" and self.phase == "doing" and not self.is_cancelled:
+        is_lost = answer.failure and answer.certainty == "unknown"
+        if is_lost and self.phase == "doing" and not self.is_cancelled and not self._step.is_question:
             return self._wait_for(call, order, answer, now_s)
         self._answers.append(answer)
         return self._settle(now_s)

@@ -16,6 +16,7 @@ from mcp.model.effects import (
     Expel,
     Invite,
     NodeDisconnected,
+    NodeForgotten,
     OpenStream,
     RegisterReceived,
     ReportReceived,
@@ -25,6 +26,7 @@ from mcp.model.effects import (
     Tell,
     Tick,
     WorkEnded,
+    WorkProgressed,
 )
 from mcp.model.master import Master, MasterRules
 from mcp.model.messages import (
@@ -537,6 +539,50 @@ def test_an_answer_that_was_lost_with_the_bus_is_asked_for_when_the_node_beats_a
     world.hold = set()
     world.beat("orion")
     assert world.end(asker).outcome == "deployed"
+
+
+def test_placing_does_not_wait_for_a_node_that_is_silent(world: World) -> None:
+    """Others may take the service."""
+    world.stuck = {"hyperborea"}
+    end = world.end(world.ask(DeployService(spec=web())))
+    assert (end.outcome, end.node) == ("deployed", "orion")
+
+
+def test_a_debt_that_one_node_pays_stays_due_on_another(world: World) -> None:
+    """Two copies of one generation (a conflict) are two things to remove."""
+    for name in ("orion", "hyperborea"):
+        world.services[name]["web"] = record(web(), 3)
+        world.changed(name, "web")
+    world.away = {"orion", "hyperborea"}
+    assert world.end(world.ask(UndeployService(service="web"))).outcome == "unknown"
+    world.orders.clear()
+    for name in ("orion", "hyperborea"):
+        world.feed(NodeDisconnected(node=name))
+    for name in ("orion", "hyperborea"):
+        world.away -= {name}
+        world.beat(name)
+        assert (name, RemoveWorkload(service="web", generation=3)) in world.orders
+        assert world.master.fleet.nodes[name].debts == []
+
+
+def test_an_agent_whose_clock_was_set_back_while_it_was_down_is_let_in(world: World) -> None:
+    """A machine without a battery for its clock starts in the past."""
+    world.away = {"orion"}
+    world.feed(NodeDisconnected(node="orion"))
+    back = Register(inventory=world.inventory("orion", "second", started_at="1970-01-01T00:00:09Z"))
+    world.feed(RegisterReceived(asker="orion#1", node="orion", message=back))
+    assert isinstance(world.end("orion#1"), Registered)
+    assert world.health("orion") == "healthy"
+
+
+def test_a_part_of_the_inventory_of_a_removed_node_is_nobodys(world: World) -> None:
+    """What comes late must not be a bug."""
+    world.hold = {TakeInventory}
+    world.beat("orion", inventory_version=99)
+    (held,) = world.held
+    world.feed(NodeForgotten(node="orion"))
+    world.feed(WorkProgressed(call=held.call, message=world.inventory("orion")))
+    assert "orion" not in world.master.fleet.nodes
 
 
 def test_a_master_finishes_what_an_earlier_one_began() -> None:
