@@ -972,3 +972,19 @@ async def test_a_component_that_ends_while_a_later_one_comes_up_fails_the_servic
     assert failed.code == "exited"
     assert "web.db.g1 on orion exited with code 9" in failed.reason
     assert failed.logs[0].lines == ("no space",)
+
+
+async def test_a_deploy_asks_a_warm_engine_for_nothing_but_what_must_be_done(world: World) -> None:
+    await world.deployed(1)
+    await world.clock.advance(1)
+    calls = len(world.engine.calls)
+    await world.asked(run(2))
+    assert world.engine.calls[calls : calls + 3] == [
+        "create mcp.web.g2",
+        "start mcp.web.g2",
+        "list web",
+    ]  # the list comes after the answer
+    await world.clock.advance(1)
+    calls = len(world.engine.calls)
+    await world.asked(CommitWorkload(service="web", generation=2))
+    assert world.engine.calls[calls : calls + 2] == ["stop mcp.web.g1", "remove mcp.web.g1"]
