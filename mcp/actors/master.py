@@ -221,6 +221,8 @@ class MasterActor:
     def _on_gone(self, public_key: str, reason: str) -> None:
         node = self._keys.get(public_key)
         if node:
+            # Whoever it is that comes back, perhaps at once: it goes on with no stream.
+            self._streams.node_lost(node, "disconnected")
             self._post(NodeDisconnected(node=node, reason=reason))
 
     # ----------------------------------------------------------------- effects

@@ -347,6 +347,8 @@ class MasterLink:
         self._flood_limit = flood_limit
         self._calls = Calls()
         self._nodes: dict[str, _Watched] = {}
+        self._commands: dict[str, deque[float]] = {}
+        """When each operator asked last; the bus lets nobody speak under another name, so these are few."""
         self._serial = 0
         self._was_lost = False
         self._on_command: Callable[[Request], None] = _ignored
@@ -486,8 +488,20 @@ class MasterLink:
             await watched.subscription.close()
 
     def _hear_command(self, frame: Frame) -> None:
+        # Before anything is decoded: one operator's runaway script must not keep the others from being heard.
+        if (who := subjects.speaker(frame.subject)) and self._asks_too_often(who[1]):
+            self._drops.add(f"too many from {who[1]}", f"more than {self._flood_limit} a second")
+            return
         if request := self._open(frame, "cli", Lane.COMMAND):
             self._on_command(request)
+
+    def _asks_too_often(self, operator: str) -> bool:
+        now_s = self._clock.monotonic_s()
+        recent = self._commands.setdefault(operator, deque(maxlen=FLOOD_BURST))
+        if len(recent) == FLOOD_BURST and now_s - recent[0] < FLOOD_BURST / self._flood_limit:
+            return True
+        recent.append(now_s)
+        return False
 
     def _hear_join(self, frame: Frame) -> None:
         if request := self._open(frame, "join", Lane.JOIN):

@@ -364,6 +364,25 @@ async def test_a_node_that_floods_is_muted_for_a_while_and_nobody_else_suffers(
     await soon("it is heard again", lambda: desk.heard(Heartbeat).count("orion") > before)
 
 
+async def test_an_operator_who_floods_keeps_no_other_from_being_heard(bus: TestBus) -> None:
+    """A script that runs away is nobody else's trouble; it is heard again when it has calmed down."""
+    desk, kyle, alice = await Desk.open(bus, flood_limit=1000), await bus.operator("kyle"), await bus.operator("alice")
+    for _ in range(3000):
+        await kyle.tell(GetStatus())
+    await kyle.transport.flush()
+    await alice.tell(GetStatus())
+    await soon("the other is heard", lambda: "alice" in [request.who for request in desk.commands])
+    assert [request.who for request in desk.commands].count("kyle") < 3000
+    assert desk.link.dropped["too many from kyle"] > 0
+    before = len(desk.commands)
+
+    async def is_heard_again() -> bool:
+        await kyle.tell(GetStatus())
+        return len(desk.commands) > before
+
+    await soon("it is heard again", is_heard_again)
+
+
 async def _both_heard(desk: Desk, orion: AgentLink, svc: AgentLink) -> bool:
     await orion.heartbeat(heartbeat())
     await svc.heartbeat(heartbeat())

@@ -400,6 +400,23 @@ async def test_log_lines_reach_the_reader_and_its_credit_the_agent(fleet: Fleet)
     assert (await reading).notes == ("mcp.web.g1 exited with exit code 0",)
 
 
+async def test_a_reader_hears_at_once_that_the_node_of_its_lines_is_gone(fleet: Fleet) -> None:
+    """Even when another agent is there a moment later, and no probe ever found nobody."""
+    await fleet.ask(DeployService(spec=WEB))
+    asked = asyncio.Event()
+
+    async def stream(_: Order) -> Any:
+        asked.set()
+
+    fleet.orion.special[StreamLogs] = stream
+    reading = asyncio.ensure_future(fleet.ask(FollowLogs(service="web", follow=True)))
+    async with asyncio.timeout(5.0):
+        await asked.wait()
+    fleet.actor._on_gone("UO", "Client Closed")
+    assert (await reading).notes == ("lost orion",)
+    assert await fleet.health("orion") == "healthy"
+
+
 async def test_a_bug_in_the_master_is_answered_and_the_next_command_is_served(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
