@@ -122,28 +122,16 @@ def _write_anything() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this code; what cannot be flushed any more is let go without a word."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        code = exits.OUTPUT_CLOSED
-    except (OSError, ValueError):
-        code = code or exits.FAILED
+    """End the process with this code; what cannot be flushed any more is let go without a word.
+
+    At once: the interpreter would take every module apart before it ends, a quarter of a command's whole time.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
+        except BrokenPipeError:
+            code = exits.OUTPUT_CLOSED if stream is sys.stdout else code
         except (OSError, ValueError):
-            _point_at_nothing(stream)
-    raise SystemExit(code)
-
-
-def _point_at_nothing(stream: Any) -> None:
-    """Or the interpreter complains once more when it closes the stream."""
-    try:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, stream.fileno())
-        os.close(nothing)
-    except (OSError, ValueError):
-        pass  # it has no number: nothing will be flushed either
+            code = (code or exits.FAILED) if stream is sys.stdout else code
+    os._exit(code)
