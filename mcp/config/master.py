@@ -48,7 +48,7 @@ class MasterConfig:
     census_grace_s: float = 2.0
     clock_skew_s: float = 30.0
     max_nodes: int = 16
-    registrations_per_minute: int = 3
+    registrations_per_minute: int = 12
     messages_per_second: int = 50
     invitation_s: float = 300.0
     operation_timeout_s: float = 3600.0

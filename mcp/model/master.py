@@ -74,7 +74,7 @@ class MasterRules:
     census_timeout_s: float = 3.0
     census_grace_s: float = 2.0
     max_nodes: int = 16
-    registrations_per_minute: int = 3
+    registrations_per_minute: int = 12
     operation_timeout_s: float = 3600.0
     return_timeout_s: float = 60.0
 
