@@ -526,6 +526,9 @@ class AgentActor(Actor):
             except AdapterError as error:
                 self.node.engine.doubt(error)  # when it is back, everything is listed
             self._dismiss_idle()
+            if self.node.ports.is_stale:
+                with suppress(AdapterError):  # then they stay taken a little longer
+                    await self.node.ports.load()
             await self.node.clock.sleep(LOOK_AGAIN_S)
 
     async def _look_at(self, workload: WorkloadActor) -> None:
@@ -575,7 +578,7 @@ class AgentActor(Actor):
         for service, workload in self._workloads.items():
             is_all = victims is None or workload.owed is not None
             only = None if is_all else (victims or {}).get(service, frozenset())
-            if workload.body.known.committed:
+            if workload.body.known.intents:
                 workload.tell(Converge(goal="settle", only=only))
 
     async def _adopt(self, found: list[ContainerState]) -> None:

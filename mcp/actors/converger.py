@@ -221,11 +221,11 @@ class Converger:
         finally:
             self._node.ports.settle(set(taken.values()), are_written=are_written)
 
-    async def release_ports(self) -> None:
-        """Let go of the ports of generations that were forgotten."""
+    def release_ports(self) -> None:
+        """Let go of the ports of generations that were forgotten; others may have them a moment later."""
         kept = {intent.generation for intent in self.known.intents}
         self._given = {generation: ports for generation, ports in self._given.items() if generation in kept}
-        await self._node.ports.load()
+        self._node.ports.is_stale = True
 
     async def _make(self, component: ComponentSpec, generation: int) -> ContainerState:
         request = await self._request(component, generation)

@@ -86,9 +86,12 @@ class PortPool:
         self._next = self._first
         self._used: set[int] = set()
         self._promised: set[int] = set()
+        self.is_stale = False
+        """Whether generations were forgotten since the records were read."""
 
     async def load(self) -> None:
         """Read which ports generations have."""
+        self.is_stale = False
         self._used = await self._records.ports()
 
     def take(self) -> int:

@@ -113,15 +113,25 @@ class WorkloadActor(Actor):
     async def handle(self, envelope: Envelope) -> Any:
         """Carry one order out, unless it was answered before."""
         if not self._has_recalled:
-            highest = await self._node.records.highest_generation(self.service)
-            self.body.known = attrs.evolve(self.body.known, highest=max(highest, self.body.known.highest))
-            self._has_recalled = True
+            await self._recall()
         self.body.begin(envelope.reply if isinstance(envelope.reply, InHand) else None)
         try:
             return await self._once(envelope)
         finally:
             self.body.end()
             self._node.look_again(self.service)
+
+    async def _recall(self) -> None:
+        """Remember, once in a life, what only the records know."""
+        highest = await self._node.records.highest_generation(self.service)
+        self.body.known = attrs.evolve(self.body.known, highest=max(highest, self.body.known.highest))
+        mine = self.body.known.candidate
+        if mine and not mine.ready:
+            about = CommitWorkload(service=self.service, generation=mine.generation)
+            answer = await self._recorded(f"{mine.op}/{declared(RunWorkload).kind}", about)
+            if isinstance(answer, WorkloadRunning):
+                self._believe_ready(mine.generation)
+        self._has_recalled = True
 
     async def _once(self, envelope: Envelope) -> Any:
         message = envelope.message
@@ -154,6 +164,19 @@ class WorkloadActor(Actor):
         Raises:
             Failure: it failed before.
         """
+        if isinstance(message, RunWorkload) and message.generation > self.body.known.highest:
+            return None  # never accepted, so never answered: a new deploy need not wait for the disk here
+        answer = await self._recorded(key, message)
+        if isinstance(answer, Failed):
+            raise Failure(answer)
+        if isinstance(answer, WorkloadRunning) and isinstance(message, RunWorkload):
+            if not await self._still_runs(message.generation):
+                return None
+            self._believe_ready(message.generation)
+        return answer
+
+    async def _recorded(self, key: str, message: Any) -> Any:
+        """Return what was answered under a key about the same generation; None when nothing was, or it cannot be read."""
         body = await self._node.records.finished(key)
         if body is None:
             return None
@@ -162,15 +185,10 @@ class WorkloadActor(Actor):
         if about != self._about(message):
             return None  # another order under the same name
         try:
-            answer = decode(kind, encoded)
+            return decode(kind, encoded)
         except MalformedMessage as error:
             log.warning("cannot read the recorded answer of %s: %s", key, error.reason)
             return None
-        if isinstance(answer, Failed):
-            raise Failure(answer)
-        if isinstance(message, RunWorkload) and not await self._still_runs(message.generation):
-            return None
-        return answer
 
     def _about(self, message: Any) -> str:
         return f"{self.service} {message.generation}"
@@ -224,8 +242,7 @@ class WorkloadActor(Actor):
         mine = self.body.known.intent(order.generation)
         if mine is not None and mine.is_candidate:
             await self.body.carry_out("run", order.generation)
-            if not mine.ready:
-                await self.body.keep(attrs.evolve(mine, ready=True))
+            self._believe_ready(order.generation)
         return self._running()
 
     @handles
@@ -238,7 +255,7 @@ class WorkloadActor(Actor):
             own = attrs.evolve(self.body.known.candidate, is_candidate=False)
             self.body.known = attrs.evolve(self.body.known, committed=own, candidate=None)
         await self._finish_or_owe("retire", "generation {} is the service's own; the old copy cannot be removed yet")
-        await self.body.release_ports()
+        self.body.release_ports()
         return Done(changed=is_new)
 
     @handles
@@ -269,7 +286,7 @@ class WorkloadActor(Actor):
         if own and own.generation <= order.generation:
             await self._node.records.forget(self.service, order.generation)
             self.body.known = attrs.evolve(self.body.known, committed=None)
-            await self.body.release_ports()
+            self.body.release_ports()
         self._paid()
         changed = (before.intents, before.containers) != (self.body.known.intents, self.body.known.containers)
         self.body.known = attrs.evolve(self.body.known, highest=max(self.body.known.highest, order.generation))
@@ -314,6 +331,12 @@ class WorkloadActor(Actor):
         await self.body.carry_out(goal)
         self._paid()
         return self._running()
+
+    def _believe_ready(self, generation: int) -> None:
+        """Take a candidate for ready; in memory only, for its recorded answer says the same and is looked at first."""
+        mine = self.body.known.intent(generation)
+        if mine and mine.is_candidate:
+            self.body.believe(attrs.evolve(mine, ready=True))
 
     def _running(self) -> WorkloadRunning:
         record = model.record_of(self.body.known, problems=[self._trouble] if self._trouble else [])
@@ -378,7 +401,7 @@ class WorkloadActor(Actor):
         if mine:
             await self._node.records.forget(self.service, generation, candidate_only=True)
             self.body.known = attrs.evolve(self.body.known, candidate=None)
-            await self.body.release_ports()
+            self.body.release_ports()
         return had
 
     # ---------------------------------------------------------------- converging

@@ -988,3 +988,31 @@ async def test_a_deploy_asks_a_warm_engine_for_nothing_but_what_must_be_done(wor
     calls = len(world.engine.calls)
     await world.asked(CommitWorkload(service="web", generation=2))
     assert world.engine.calls[calls : calls + 2] == ["stop mcp.web.g1", "remove mcp.web.g1"]
+
+
+async def test_a_candidate_that_was_healthy_is_known_as_such_after_a_restart(world: World) -> None:
+    await world.asked(run(1), op="deploy1")
+    await world.kill()
+    await world.boot()
+    await world.clock.advance(1)
+    told = world.told()
+    assert told is not None
+    assert told.candidate is not None
+    assert told.candidate.ready
+    assert await world.asked(CommitWorkload(service="web", generation=1), op="deploy1") == Done(changed=True)
+
+
+async def test_a_deploy_waits_for_the_disk_twice(world: World) -> None:
+    writes: list[str] = []
+    for name in ("accept", "commit", "finish"):
+        real = getattr(world.records, name)
+
+        async def write(*arguments: Any, name: str = name, real: Any = real) -> None:
+            writes.append(name)
+            await real(*arguments)
+
+        setattr(world.records, name, write)
+    await world.asked(run(1))
+    assert writes == ["accept", "finish"]
+    await world.asked(CommitWorkload(service="web", generation=1))
+    assert writes == ["accept", "finish", "commit", "finish"]
