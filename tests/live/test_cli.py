@@ -276,3 +276,18 @@ def test_a_daemon_without_its_configuration_says_so_in_a_line(fleet: DemoFleet, 
         assert done.returncode == 2
         assert "none.toml" in done.stderr
         assert len(done.stderr.splitlines()) <= 3
+
+
+def test_everything_ends_when_all_is_told_to_at_once_with_the_bus(fleet: DemoFleet) -> None:
+    children = list(fleet.children.values())
+    for child in children:
+        os.kill(child.pid, signal.SIGTERM)
+    wait_until("all have ended", lambda: all(child.exit_code is not None for child in children), timeout_s=15)
+    assert {child.name: child.exit_code for child in children if child.name != "bus"} == {
+        child.name: 0 for child in children if child.name != "bus"
+    }
+    fleet.start_bus()
+    fleet.start_master()
+    for node in NODES:
+        fleet.start_agent(node.name)
+    fleet.wait_until_healthy()
