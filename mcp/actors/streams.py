@@ -17,13 +17,16 @@ from mcp.bus.links import MasterLink
 from mcp.model.catalogue import changed
 from mcp.model.effects import FeedStream, OpenStream, Say
 from mcp.model.errors import McpError, NobodyListens
-from mcp.model.messages import Done, GrantLogCredit, LogLines, StreamLogs
+from mcp.model.messages import Done, GrantLogCredit, LogLines, StreamLogs, Working
 from mcp.model.operator_messages import LogsEnded
 
 log = logging.getLogger(__name__)
 
 STREAM_LIMIT_S = 24 * 3600.0
 """A `logs -f` that was forgotten ends after a day; an agent ends it earlier when no credit comes for a minute."""
+
+ALIVE_S = 2.0
+"""How often a reader hears that its stream lives, so that it notices the loss of its master."""
 
 OnSay = Callable[[Say], None]
 
@@ -48,11 +51,13 @@ class LogStreams:
         name = self._new_id()
         stream = _Stream(asker=effect.asker, operator=effect.operator)
         self._open[name] = stream
+        alive = asyncio.ensure_future(self._say_alive(effect.asker, say))
         try:
             async with asyncio.TaskGroup() as group:
                 for node, order in effect.legs:
                     stream.legs[node] = group.create_task(self._leg(node, changed(order, stream=name)))
         finally:
+            alive.cancel()
             del self._open[name]
         notes = [f"lost {node}" if leg.cancelled() else leg.result() for node, leg in stream.legs.items()]
         say(
@@ -62,6 +67,12 @@ class LogStreams:
                 message=LogsEnded(notes=tuple(note for note in notes if note)),
             )
         )
+
+    async def _say_alive(self, asker: str, say: OnSay) -> None:
+        """Let the reader know that its master lives: followed containers may be silent for days."""
+        while True:
+            await asyncio.sleep(ALIVE_S)
+            say(Say(asker=asker, frame="progress", message=Working()))
 
     async def _leg(self, node: str, order: StreamLogs) -> str:
         try:

@@ -13,6 +13,7 @@ import click
 from mcp.cli import exits, interrupt
 from mcp.cli.app import command, settings_of
 from mcp.cli.completion import complete_services
+from mcp.model.errors import NoAnswer
 
 if TYPE_CHECKING:
     from mcp.bus.plain import Plain
@@ -26,6 +27,9 @@ MOST_LINES = 50_000
 """So many lines are put in order at most; of more, the older half is printed first."""
 
 FOREVER_S = 24 * 3600.0
+
+LOST_S = 10.0
+"""The master says every 2 s that a stream lives; after this long without a word it is taken for gone."""
 
 ADVANCE = 8
 """Messages that are printed before the agents get credit for as many more (they begin with 16)."""
@@ -237,7 +241,9 @@ async def _until_the_end(session: Session, reader: _Reader, body: Plain) -> Plai
     printing = asyncio.create_task(reader.print_all())
     asking = asyncio.create_task(
         session.patiently(
-            lambda: session.ask("follow_logs", body, timeout_s=limit_s, idle_s=limit_s, on_frame=reader.heard)
+            lambda: session.ask(
+                "follow_logs", body, timeout_s=limit_s, idle_s=min(limit_s, LOST_S), on_frame=reader.heard
+            )
         )
     )
     stopping = asyncio.create_task(stopped.wait())
@@ -255,7 +261,16 @@ async def _until_the_end(session: Session, reader: _Reader, body: Plain) -> Plai
         if printing.done() and printing.exception():
             await reader.stop()
             raise printing.exception()  # type: ignore[misc]
-        ended = await asking
+        try:
+            ended = await asking
+        except NoAnswer as error:
+            reader.end()
+            await printing  # what has come is shown all the same
+            reason = error.reason.removesuffix(": it may have been done")
+            raise exits.Unanswered(
+                f"the logs of {body['service']} end here: {reason}",
+                hint="The service goes on; `mcp status` shows whether the master answers again.",
+            ) from error
         reader.end()
         await printing
         return ended

@@ -162,7 +162,7 @@ class Master:
                 self._enrol(event.node, event.role, now_s)
                 return []
             case NodeForgotten():
-                return self._forget(event.node)
+                return self._forget(event.node, now_s)
             case FloodChanged():
                 if node := self.fleet.nodes.get(event.node):
                     node.is_flooding = event.is_flooding
@@ -477,8 +477,8 @@ class Master:
         if node and event.failure is None and debt in node.debts:
             node.debts.remove(debt)
 
-    def _forget(self, name: str) -> list[Effect]:
+    def _forget(self, name: str, now_s: float) -> list[Effect]:
         self.fleet.nodes.pop(name, None)
         self.learning.pop(name, None)
         self._registrations.pop(name, None)
-        return []
+        return self.desk.forgotten(name, now_s)

@@ -99,6 +99,13 @@ class Desk:
             effects += self._carry_out(operation, operation.returned(node.name, now_s, is_new=is_new), now_s)
         return effects
 
+    def forgotten(self, node: str, now_s: float) -> list[Effect]:
+        """A node was removed: operations that are at work there stop waiting for it."""
+        effects: list[Effect] = []
+        for operation in list(self.running.values()):
+            effects += self._carry_out(operation, operation.forgotten(node, now_s), now_s)
+        return effects
+
     def tick(self, now_s: float) -> list[Effect]:
         """Let time pass; followers hear that their operation lives."""
         effects: list[Effect] = []

@@ -149,6 +149,7 @@ class Operation:
     _answers: list[Answer] = attrs.field(factory=list)
     _away: dict[str, tuple[Order, float]] = attrs.field(factory=dict)
     _lost_s: dict[str, float] = attrs.field(factory=dict)
+    _forgotten: set[str] = attrs.field(factory=set)
     _times_anew: int = 0
     _step_began_s: float = 0.0
     _serial: int = 0
@@ -199,6 +200,17 @@ class Operation:
             state: StepState = "undoing" if self.phase == "undoing" else "running"
             out += [self._show(state, now_s, f"{node} is back, asking again", node=node), self._send(order)]
         return out if out or not back else self._settle(now_s)
+
+    def forgotten(self, node: str, now_s: float) -> list[Out]:
+        """A node was removed from the fleet: nothing it was asked will ever be answered, and it is asked no more."""
+        self._forgotten.add(node)
+        lost = [call for call, (order, _) in self._away.items() if order.node == node]
+        lost += [call for call, order in self._calls.items() if order.node == node]
+        for call in lost:
+            order = self._calls.pop(call) if call in self._calls else self._away.pop(call)[0]
+            reason = f"{node} was removed from the fleet in the middle of {self._step.name}"
+            self._answers.append(Answer(order=order, failure=Failed(code="node_removed", reason=reason)))
+        return self._settle(now_s) if lost else []
 
     def tick(self, now_s: float) -> list[Out]:
         """Give up on nodes that did not return, and on an operation past its deadline."""
@@ -358,6 +370,9 @@ class Operation:
             self._answers = []
             self._step_began_s = now_s
             orders = self._step.undo(self.job) if self._step.undo else []
+            gone = [order.node for order in orders if order.node in self._forgotten]
+            self.leftovers += [f"finish the undo on {node}: it was removed from the fleet" for node in gone]
+            orders = [order for order in orders if order.node not in self._forgotten]
             if orders:
                 out.append(self._show("undoing", now_s, node=orders[0].node))
                 return out + [self._send(order) for order in orders]
@@ -380,7 +395,8 @@ class Operation:
 
     def _leave(self, answer: Answer, what: str) -> None:
         assert answer.failure is not None
-        debt = self._step.debt(self.job, answer.order) if self._step.debt else None
+        is_gone = answer.order.node in self._forgotten
+        debt = self._step.debt(self.job, answer.order) if self._step.debt and not is_gone else None
         text = f"{what} on {answer.order.node}: {answer.failure.reason}"
         if debt:
             self.debts.append((answer.order.node, debt))

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import pytest
 
+from mcp.actors import streams
 from mcp.actors.master import MasterActor, Welcome, parts_of
 from mcp.bus.calls import CallFailed
 from mcp.bus.codec import size_of
@@ -415,6 +416,26 @@ async def test_a_reader_hears_at_once_that_the_node_of_its_lines_is_gone(fleet: 
     fleet.actor._on_gone("UO", "Client Closed")
     assert (await reading).notes == ("lost orion",)
     assert await fleet.health("orion") == "healthy"
+
+
+async def test_a_reader_of_silent_containers_hears_that_its_stream_lives(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the loss of its master is seen in seconds, not in a day."""
+    monkeypatch.setattr(streams, "ALIVE_S", 0.02)
+    await fleet.ask(DeployService(spec=WEB))
+    heard: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def stream(_: Order) -> Any:
+        for _turn in range(3):
+            await heard.get()
+        return Done(detail="web ended")
+
+    fleet.orion.special[StreamLogs] = stream
+    ended = await fleet.ask(
+        FollowLogs(service="web", follow=True), on_frame=lambda letter: heard.put_nowait(letter.message)
+    )
+    assert ended.notes == ("web ended",)
 
 
 async def test_a_bug_in_the_master_is_answered_and_the_next_command_is_served(

@@ -542,6 +542,18 @@ def test_an_answer_that_was_lost_with_the_bus_is_asked_for_when_the_node_beats_a
     assert world.end(asker).outcome == "deployed"
 
 
+def test_an_operation_ends_when_its_node_is_removed_in_the_middle(world: World) -> None:
+    """At once, and without a promise that anything is done by itself there."""
+    world.hold = {RunWorkload}
+    asker = world.ask(DeployService(spec=web(node="orion")))
+    world.orders.clear()
+    world.feed(NodeForgotten(node="orion"))
+    end = world.end(asker)
+    assert (end.outcome, end.code) == ("unknown", "node_removed")
+    assert end.leftovers == ("finish the undo on orion: it was removed from the fleet",)
+    assert world.kinds() == []
+
+
 def test_placing_does_not_wait_for_a_node_that_is_silent(world: World) -> None:
     """Others may take the service."""
     world.stuck = {"hyperborea"}
