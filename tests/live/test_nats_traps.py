@@ -456,7 +456,7 @@ async def test_a_stranger_is_told_at_once_when_it_is_a_command(server: RealBus) 
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("seed", ["", "nonsense", "SU" + "A" * 56, new_key().public_key])
+@pytest.mark.parametrize("seed", ["", "nonsense", "SU" + "A" * 56, new_key().public_key], ids=range(4))
 async def test_a_seed_that_is_none_is_named_and_never_shown(server: RealBus, seed: str) -> None:
     credential = Credential(role="agent", name="orion", seed=seed)
     with pytest.raises(NotPermitted, match="cannot connect to the bus as agent orion: its key is not") as caught:
