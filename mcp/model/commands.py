@@ -162,7 +162,7 @@ class Commands:
             raise Refused(
                 "busy",
                 f"cannot {kind} {service}: {held}",
-                hint=f"`mcp op show {holder.job.op}` follows it, `mcp op cancel {holder.job.op}` stops it.",
+                hint=f"`mcp op show {holder.job.op} --follow` follows it, `mcp op cancel {holder.job.op}` stops it.",
             )
         job = Job(
             op=new_id(),

@@ -238,7 +238,7 @@ class Operation:
         if self.phase != "doing" or (self.position < len(self.table) and self._step.is_final):
             raise McpError(
                 f"operation {self.job.op} can no longer be cancelled: it is {self.where}",
-                hint=f"`mcp op show {self.job.op}` follows it to its end.",
+                hint=f"`mcp op show {self.job.op} --follow` follows it to its end.",
                 code="too_late",
             )
         self.is_cancelled = True
