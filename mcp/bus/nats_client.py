@@ -6,6 +6,7 @@ What a peer sends is never trusted here: any client of the bus chooses the bytes
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import base64
 import math
 import re
@@ -31,6 +32,9 @@ try:
 finally:
     for _name in _hidden:
         del sys.modules[_name]
+
+# asyncio gives each TLS connection a buffer of 256 KiB to read into; a record of TLS has at most 16 KiB.
+asyncio.sslproto.SSLProtocol.max_size = 32 * 1024
 
 TCP_USER_TIMEOUT_MS = 10_000
 """The kernel gives up on unacknowledged bytes after this; its default is a quarter of an hour."""
