@@ -329,6 +329,6 @@ async def _serve(actor: Any, transport: NatsTransport, ready: Callable[[], None]
                 raise Refused("credential_refused", transport.closed_because, hint="It was removed, or belongs to another fleet.")
         await running
     finally:
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        while not running.done():
+            running.cancel()  # again and again: a library that takes a cancellation for nothing must not keep us alive
+            await asyncio.wait([running], timeout=1.0)

@@ -76,7 +76,9 @@ def point_link(link: Path, target: Path) -> None:
 
 
 def _drop(draft: Path) -> None:
-    with suppress(OSError):  # a read-only file system refuses this too, even for what is not there; the first error counts
+    with suppress(
+        OSError
+    ):  # a read-only file system refuses this too, even for what is not there; the first error counts
         draft.unlink()
 
 

@@ -105,6 +105,15 @@ class StrictClient(Client):
             if not asked.done():
                 asked.set_result(True)
 
+    async def _flush_pending(self, force_flush: bool = False) -> Any:  # noqa: FBT001, FBT002 - nats-py's own signature
+        """Queue what is unsent; nats-py's own takes a cancellation for nothing, and whoever was to end lives on."""
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        queued = await super()._flush_pending(force_flush)
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
+        return queued
+
     async def all_taken(self, timeout_s: float) -> None:
         """Return when the server has taken all that was said; `flush` lets its ping overtake what is still unsent.
 

@@ -17,6 +17,9 @@ from mcp.model.errors import McpError
 if TYPE_CHECKING:
     import argparse
 
+STOP_PATIENCE_S = 10
+"""How long a daemon that was told to stop may take: its goodbye takes a second at most."""
+
 JOIN_EXAMPLE = """\
 example:
   mcp-agent join mcpj1_100.64.0.1:4222_...      the line that `mcp node invite NAME` prints
@@ -90,8 +93,19 @@ def _daemon(begin: Callable[[], Coroutine[Any, Any, None]]) -> int:
 
     async def run() -> None:
         task = asyncio.ensure_future(begin())
+        loop = asyncio.get_running_loop()
+
+        def stop(patience: int = STOP_PATIENCE_S) -> None:
+            """Cancel once a second; whoever does not end in time is ended: a supervisor must not have to wait for it."""
+            if patience <= 0:
+                logging.getLogger(__name__).error("did not end in time and is ended; services go on")
+                os._exit(0)
+            if not task.done():
+                task.cancel()
+                loop.call_later(1.0, stop, patience - 1)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, stop)
         await task
 
     def work() -> int:
