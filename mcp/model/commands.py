@@ -247,10 +247,10 @@ class Commands:
                         message=OperationEnded(
                             op=message.op,
                             service=journal.service,
-                            kind=journal.kind,
+                            kind=views.told_kind(journal),
                             node=node.name,
-                            outcome="unknown",
-                            reason=f"told by {node.name}: {journal.kind} ended {journal.outcome}: {journal.detail}",
+                            outcome=views.told_outcome(journal),  # type: ignore[arg-type]
+                            reason=journal.detail or f"told by {node.name}: this master started after the operation",
                         ),
                     )
                 ]
@@ -423,10 +423,11 @@ class Commands:
             OperationRow(
                 op=record.op,
                 service=record.service,
-                kind=record.kind,
+                kind=views.told_kind(record),
                 node=node.name,
+                operator="(before this master)",
                 state="ended",
-                outcome=record.outcome,
+                outcome=views.told_outcome(record),
                 reason=record.detail,
                 ended_at=record.ended_at,
             )

@@ -69,7 +69,7 @@ def ask_for_images(job: Job) -> list[Order]:
 def check_home_is_there(job: Job, wish: placement.Wish) -> None:
     """Refuse to start a second copy only because the node of the first one cannot be heard."""
     home = job.fleet.home(job.service)
-    if home is None or home[0].health in ("healthy", "engine-down"):
+    if home is None or home[0].health == "healthy":
         return
     node = home[0]
     if wish.pin and wish.pin != node.name:

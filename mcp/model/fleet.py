@@ -303,6 +303,6 @@ class Fleet:
 
         55 % is a judgement, no measurement; one or two nodes prove nothing.
         """
-        others = [node for node in self.nodes.values() if node.name != self.master]
+        others = [node for node in self.nodes.values() if node.name != self.master and node.is_known]
         gone = [node for node in others if node.health in ("unhealthy", "unreachable")]
         return len(others) >= 3 and len(gone) / len(others) >= 0.55

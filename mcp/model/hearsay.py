@@ -80,7 +80,10 @@ def inventory(parts: Iterable[Inventory]) -> Heard:
         problems.insert(0, f"it tells of {left_out} services or containers that are not to be believed, or too many")
     return Heard(
         services={each.service: each for each in records},
-        operations={each.op: attrs.evolve(each, detail=text(each.detail)) for each in operations[-SERVICES_MOST:]},
+        # The youngest come first: the last order of an operation is what tells how it ended.
+        operations={
+            each.op: attrs.evolve(each, detail=text(each.detail)) for each in reversed(operations[:SERVICES_MOST])
+        },
         orphans=tuple(sane),
         problems=texts(problems),
     )

@@ -207,6 +207,8 @@ def way_out(wish: Wish, why: Mapping[str, str]) -> str:
         hints.append("build the image for that architecture, or pin the service to a node that it suits")
     if "unreachable" in text or "unhealthy" in text or "engine-down" in text:
         hints.append("`mcp node why NODE` shows the evidence")
+    if "cannot ask for the platforms" in text or "image_missing" in text or "cannot find image" in text:
+        hints.append("check the image's name and tag, and that its registry answers from those nodes")
     if not wish.pin and not hints:
         hints.append("pin it with `node =`, or add a worker with `mcp node invite NAME`")
     joined = "; ".join(hints)

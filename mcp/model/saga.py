@@ -296,7 +296,8 @@ class Operation:
             except McpError as error:
                 return out + self._fail(failed_from(error), now_s, acted=False)
             if orders:
-                out.append(self._show("running", now_s, node=orders[0].node))
+                only = orders[0].node if len({order.node for order in orders}) == 1 else ""
+                out.append(self._show("running", now_s, node=only))
                 return out + [self._send(order) for order in orders]
             if self.job.is_unchanged:
                 return out + self._end("unchanged", now_s)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 from mcp.model.fleet import EXPLANATIONS, Fleet, Node
-from mcp.model.messages import ContainerState, ServiceRecord
+from mcp.model.messages import ContainerState, OperationRecord, ServiceRecord
 from mcp.model.operator_messages import (
     Evidence,
     NodeEvidence,
@@ -48,6 +48,10 @@ def node_problems(node: Node, fleet: Fleet, now_s: float, at: At) -> tuple[str, 
         else ""
     )
     match node.health:
+        case "unreachable" if not node.is_known:
+            found.append(
+                f"{node.name}: is enrolled and has not been heard by this master; on {node.name}: `systemctl start mcp-agent`"
+            )
         case "unreachable":
             found.append(
                 f"{node.name}: unreachable since {since}{last}; its containers go on."
@@ -263,6 +267,32 @@ def orphan_rows(fleet: Fleet) -> list[ServiceRow]:
 
 
 # ------------------------------------------------------------------ operations
+
+_KINDS = {
+    "run_workload": "deploy",
+    "commit_workload": "deploy",
+    "drop_workload": "deploy",
+    "remove_workload": "undeploy",
+    "stop_workload": "stop",
+    "start_workload": "start",
+    "restart_workload": "restart",
+}
+_OUTCOMES = {
+    ("commit_workload", "done"): "deployed",
+    ("drop_workload", "done"): "undone",
+    ("run_workload", "done"): "unknown",
+}
+"""What the last order of an operation that an agent remembers says of the whole."""
+
+
+def told_kind(record: OperationRecord) -> str:
+    """Return what an operator called the operation that an agent's journal tells of."""
+    return _KINDS.get(record.kind, record.kind)
+
+
+def told_outcome(record: OperationRecord) -> str:
+    """Return how that operation ended, as far as its last order tells."""
+    return _OUTCOMES.get((record.kind, record.outcome), record.outcome)
 
 
 def operation_row(operation: Operation, at: At) -> OperationRow:

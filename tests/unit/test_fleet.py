@@ -19,7 +19,7 @@ AFTER = {
 
 def node(name: str = "orion", *, health: NodeHealth = "healthy", last_seen_s: float | None = 0.0) -> Node:
     """A worker that this master has heard of."""
-    return Node(name=name, role="worker", health=health, last_seen_s=last_seen_s)
+    return Node(name=name, role="worker", health=health, last_seen_s=last_seen_s, inventory_at_s=last_seen_s)
 
 
 def test_every_pair_of_health_and_sign_is_in_the_table() -> None:
@@ -69,6 +69,12 @@ def test_a_master_that_loses_most_of_its_nodes_suspects_itself() -> None:
     assert not Fleet(
         master="rift", nodes={"rift": node("rift"), "a": gone["a"], "b": node("b"), "c": node("c")}
     ).suspects_itself()
+
+
+def test_nodes_that_have_never_been_heard_are_no_mass_loss() -> None:
+    """Three nodes that have just joined and were not started yet."""
+    joined = {name: node(name, health="unreachable", last_seen_s=None) for name in ("a", "b", "c")}
+    assert not Fleet(master="rift", nodes={"rift": node("rift"), **joined}).suspects_itself()
 
 
 def test_an_hour_of_heartbeats_is_one_line_of_evidence() -> None:

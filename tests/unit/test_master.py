@@ -16,6 +16,7 @@ from mcp.model.effects import (
     Expel,
     Invite,
     NodeDisconnected,
+    NodeEnrolled,
     NodeForgotten,
     OpenStream,
     RegisterReceived,
@@ -37,6 +38,7 @@ from mcp.model.messages import (
     DescribeImages,
     Done,
     DropWorkload,
+    EngineChanged,
     Failed,
     Heartbeat,
     ImageFacts,
@@ -45,6 +47,7 @@ from mcp.model.messages import (
     Inventory,
     NodeFacts,
     NodeLeaving,
+    OperationRecord,
     Probe,
     ProbeAnswer,
     PullImages,
@@ -138,6 +141,7 @@ class World:
         self.now_s = 1000.0
         self.version = 1
         self.services: dict[str, dict[str, ServiceRecord]] = {name: {} for name in ROLES}
+        self.journal: dict[str, tuple[OperationRecord, ...]] = {}
         self.away: set[str] = set()
         self.stuck: set[str] = set()
         self.answers: dict[tuple[str, type], Callable[[Any], Any]] = {}
@@ -221,7 +225,10 @@ class World:
     def inventory(self, node: str, incarnation: str = "first", **more: Any) -> Inventory:
         """Everything a node knows."""
         return Inventory(
-            facts=facts(node, incarnation, **more), services=tuple(self.services[node].values()), version=self.version
+            facts=facts(node, incarnation, **more),
+            services=tuple(self.services[node].values()),
+            operations=self.journal.get(node, ()),
+            version=self.version,
         )
 
     def changed(self, node: str, service: str) -> None:
@@ -650,6 +657,40 @@ def test_no_second_copy_is_started_only_because_the_first_ones_node_is_away(worl
     assert moved.outcome == "unknown"
     assert "remove the old copy on orion" in moved.leftovers[0]
     assert any("an older copy may still run on orion" in w for w in moved.warnings)
+
+
+def test_a_service_whose_engine_is_down_is_neither_called_unchanged_nor_moved(world: World) -> None:
+    """Nobody can see its container."""
+    world.ask(DeployService(spec=web(node="orion")))
+    world.feed(ReportReceived(node="orion", message=EngineChanged(incarnation="first", engine="down", reason="gone")))
+    for spec in (web(), web("web:2")):
+        end = world.end(world.ask(DeployService(spec=spec)))
+        assert (end.outcome, end.code) == ("refused", "home_away")
+        assert "orion, which is engine-down" in end.reason
+
+
+def test_a_node_that_has_only_joined_is_told_to_be_started(world: World) -> None:
+    """It is no failure that its agent was never heard."""
+    world.feed(NodeEnrolled(node="fifth", role="worker"))
+    world.away = {"fifth"}
+    world.feed(NodeDisconnected(node="fifth"))
+    (problem,) = world.end(world.ask(GetStatus())).problems
+    assert problem == "fifth: is enrolled and has not been heard by this master; on fifth: `systemctl start mcp-agent`"
+
+
+def test_operations_from_before_this_master_are_told_in_the_operators_words() -> None:
+    """An agent's journal has orders; the operator knows deploys."""
+    world = World()
+    journal = [
+        OperationRecord(
+            op="4f2c", service="web", kind=kind, generation=2, outcome="done", ended_at=f"2026-01-01T00:00:0{i}Z"
+        )
+        for i, kind in ((2, "commit_workload"), (1, "run_workload"))
+    ]
+    world.journal["orion"] = tuple(journal)
+    world.start()
+    (row,) = world.end(world.ask(ListOperations())).operations
+    assert (row.op, row.kind, row.outcome) == ("4f2c", "deploy", "deployed")
 
 
 def test_an_image_that_exists_for_no_node_is_refused_with_every_reason(world: World) -> None:
