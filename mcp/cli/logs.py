@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import select
+import sys
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -30,6 +32,9 @@ FOREVER_S = 24 * 3600.0
 
 LOST_S = 10.0
 """The master says every 2 s that a stream lives; after this long without a word it is taken for gone."""
+
+CLOSED_EVERY_S = 0.5
+"""How often it is looked whether anybody still reads the output: a quiet service prints nothing that would tell."""
 
 ADVANCE = 8
 """Messages that are printed before the agents get credit for as many more (they begin with 16)."""
@@ -233,6 +238,23 @@ async def _read(session: Session, body: Plain) -> int:
     return exits.UNREACHABLE if any(str(note).startswith("lost ") for note in ended.get("notes", ())) else exits.DONE
 
 
+def is_closed(stream: TextIO | None) -> bool:
+    """Say whether nobody can read any more what is written there: the other end of a pipe or of a connection is gone."""
+    try:
+        if stream is None:
+            return False
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors and hang-ups are told always
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return False  # it has no file: nothing to look at
+
+
+async def _nobody_reads() -> None:
+    while not is_closed(sys.stdout):  # noqa: ASYNC110 - the kernel tells it to a poll only; asyncio has no event for it
+        await asyncio.sleep(CLOSED_EVERY_S)
+
+
 async def _until_the_end(session: Session, reader: _Reader, body: Plain) -> Plain | None:
     """Read and print; None: Ctrl-C."""
     stopped = asyncio.Event()
@@ -247,6 +269,7 @@ async def _until_the_end(session: Session, reader: _Reader, body: Plain) -> Plai
         )
     )
     stopping = asyncio.create_task(stopped.wait())
+    closing = asyncio.create_task(_nobody_reads())
 
     def on_interrupt() -> None:
         loop.call_soon_threadsafe(stopped.set)
@@ -254,10 +277,13 @@ async def _until_the_end(session: Session, reader: _Reader, body: Plain) -> Plai
 
     interrupt.on_interrupt("", on_interrupt)
     try:
-        await asyncio.wait({asking, stopping, printing}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({asking, stopping, printing, closing}, return_when=asyncio.FIRST_COMPLETED)
         if stopped.is_set():
             await reader.stop()
             interrupt.leave_now()
+        if closing.done():
+            await reader.stop()
+            raise BrokenPipeError
         if printing.done() and printing.exception():
             await reader.stop()
             raise printing.exception()  # type: ignore[misc]
@@ -275,5 +301,5 @@ async def _until_the_end(session: Session, reader: _Reader, body: Plain) -> Plai
         await printing
         return ended
     finally:
-        for task in (asking, printing, stopping):
+        for task in (asking, printing, stopping, closing):
             task.cancel()

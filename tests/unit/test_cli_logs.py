@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp.cli.exits import Usage
-from mcp.cli.logs import MOST_LINES, WINDOW_S, Merger, seconds_since, stamp
+from mcp.cli.logs import MOST_LINES, WINDOW_S, Merger, is_closed, seconds_since, stamp
 
 NOW_S = datetime(2026, 1, 2, tzinfo=UTC).timestamp()
 
@@ -94,3 +95,13 @@ def test_no_line_is_lost(numbers: list[int]) -> None:
         got += merger.ready(i * 0.1)
     got += merger.ready(0.0, is_over=True)
     assert sorted(texts(got)) == sorted(f"{number:02d}" for number in numbers)
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_noticed_without_writing_to_it() -> None:
+    reads, writes = os.pipe()
+    with os.fdopen(writes, "w") as stream:
+        assert not is_closed(stream)
+        os.close(reads)
+        assert is_closed(stream)
+    assert not is_closed(stream)
+    assert not is_closed(None)
