@@ -26,7 +26,7 @@ test: ## test everything but the rig, on the real server and the real engine; sk
 
 test-fast: ## test what needs no engine, in less than a minute
 	@$(SETUP) python
-	@$(BIN)/pytest -n 2 --dist loadfile -m 'not (live or engine or lab)' $(ARGS)
+	@MCP_HYPOTHESIS=fast $(BIN)/pytest -n 2 --dist worksteal -m 'not (live or engine or lab or slow)' $(ARGS)
 
 lint: ## check style and format
 	@$(SETUP) python

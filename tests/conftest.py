@@ -16,7 +16,9 @@ IS_LIVE_REQUIRED = os.environ.get("MCP_REQUIRE_LIVE") == "1"
 
 # A machine with other things to do is no counterexample, so hypothesis gives no single example a deadline.
 hypothesis.settings.register_profile("mcp", deadline=None)
-hypothesis.settings.load_profile("mcp")
+# `make test-fast` tries fewer examples of each property: what it may miss, `make test` finds.
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=15)
+hypothesis.settings.load_profile(os.environ.get("MCP_HYPOTHESIS", "mcp"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,8 @@ from mcp.model.messages import (
 from mcp.model.spec import FixedPort, HealthSpec
 from tests.agent_world import Life, World, component, run, service
 
+pytestmark = pytest.mark.slow
+
 STOPS_FIRST: dict[str, Any] = {"ports": (FixedPort(host_port=80, container_port=80),)}
 
 
