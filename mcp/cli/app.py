@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "login": ("init", "Take an operator's file as your way into the fleet."),
     "bus": ("bus", "The bus itself: run."),
     "tap": ("tap", "Watch the decoded bus: orders paired with their answers."),
-    "demo": ("demo", "A whole fleet on this machine in 15 seconds, and gone again."),
+    "demo": ("demo", "A whole fleet on this machine in about half a minute, and gone again."),
     "completion": ("completion", "Print the script that makes Tab complete commands and live names."),
 }
 """Command -> its module and its line in `mcp --help`; a test holds the lines against the commands themselves."""

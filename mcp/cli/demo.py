@@ -16,7 +16,7 @@ from mcp.cli.app import command, settings_of
 @click.option("--stop", is_flag=True, help="End a fleet that --keep has left running, and remove everything of it.")
 @click.pass_context
 def demo(ctx: click.Context, keep: bool, stop: bool) -> int:
-    """A whole fleet on this machine in 15 seconds, and gone again.
+    """A whole fleet on this machine in about half a minute, and gone again.
 
     Bus, master and four agents run as processes of their own on 127.0.1.x, and a web service in this machine's container
     engine. Everything is removed at the end, also after Ctrl-C.

@@ -20,6 +20,7 @@ from typing import Any
 
 from mcp.cli import exits
 from mcp.cli.output import Output, safe
+from mcp.cli.programs import program
 from mcp.cli.settings import Settings
 from mcp.cli.tap import as_text
 from mcp.demo import engine
@@ -131,11 +132,10 @@ class Show:
         self._say(f"$ {shown}", "cyan")
 
     def _say_how_to_go_on(self) -> None:
-        where = self._fleet.folder
+        runs_on = next((str(row["node"]) for row in self._fleet.json("ps")["containers"]), "")
         self._out.say("\nThe fleet is left running. Go on with:", "bold")
-        self._out.say(f"  export XDG_CONFIG_HOME={shlex.quote(str(where / 'config'))}")
-        self._out.say(f"  cd {shlex.quote(str(where))}")
-        self._out.say("  mcp status; mcp deploy web.toml --node hyperborea; mcp logs web -f")
+        for line in how_to_go_on(self._fleet.folder, runs_on):
+            self._out.say(f"  {line}")
         self._out.say("Logs of its parts: logs/. To end it and remove everything: mcp demo --stop")
 
     # ------------------------------------------------------------------- acting
@@ -241,6 +241,22 @@ def _page(url: str) -> str:
                     f"the demo stops here: nothing answers at {url}: {error}", code="demo_failed"
                 ) from error
         time.sleep(LOOK_EVERY_S)
+
+
+def how_to_go_on(folder: Path, runs_on: str) -> list[str]:
+    """Return lines for a shell, as they can be pasted: the service moves away from the node where it runs now."""
+    others = [node.name for node in NODES if node.role == "worker" and node.name != runs_on]
+    words = program("mcp")
+    is_script = len(words) == 1
+    first = f"export PATH={shlex.quote(str(Path(words[0]).parent))}:$PATH" if is_script else _function(words)
+    lines = [first, f"export XDG_CONFIG_HOME={shlex.quote(str(folder / 'config'))}", f"cd {shlex.quote(str(folder))}"]
+    return [*lines, "mcp status", f"mcp deploy web.toml --node {others[0]}", "mcp logs web -f"]
+
+
+def _function(words: list[str]) -> str:
+    """Return what lets a shell know a checkout's `mcp` that was never installed."""
+    where = Path(__file__).resolve().parents[2]
+    return f'mcp() {{ PYTHONPATH={shlex.quote(str(where))} {shlex.join(words)} "$@"; }}'
 
 
 # ------------------------------------------------------------------- one at a time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from mcp.demo.fleet import NODES, _change_config, _with_key
 from mcp.demo.processes import Child, wait_until
-from mcp.demo.show import DEFINITION
+from mcp.demo.show import DEFINITION, how_to_go_on
 from mcp.model.definition import parse_service
 from mcp.model.errors import AdapterError
 
@@ -34,6 +35,24 @@ def test_a_key_is_set_where_it_belongs_and_only_there(tmp_path: Path) -> None:
         "c": {"is_new": True},
     }
     assert _with_key("[a]\n", "a", "k", "1") == "[a]\nk = 1\n"
+
+
+@pytest.mark.parametrize(("runs_on", "goes_to"), [("orion", "hyperborea"), ("hyperborea", "orion")])
+def test_a_kept_demo_says_how_to_go_on_in_lines_that_a_shell_takes(runs_on: str, goes_to: str, tmp_path: Path) -> None:
+    lines = how_to_go_on(tmp_path, runs_on)
+    assert f"mcp deploy web.toml --node {goes_to}" in lines
+    script = "\n".join([*lines[:3], "type mcp", "pwd", "mcp --help"])
+    done = subprocess.run(
+        ["/bin/sh", "-ec", script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(tmp_path) in done.stdout.splitlines()
+    assert "mcp deploy" in done.stdout
 
 
 @pytest.fixture
