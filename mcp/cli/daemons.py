@@ -8,14 +8,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mcp.cli.settings import home_folder
-from mcp.model.errors import McpError
+from mcp.model.errors import McpError, NobodyListens
 
 if TYPE_CHECKING:
     import argparse
+
+    from mcp.bus.join_token import JoinToken
 
 STOP_PATIENCE_S = 10
 """How long a daemon that was told to stop may take: its goodbye takes a second at most."""
@@ -227,7 +230,14 @@ async def _joined(args: argparse.Namespace) -> int:
     home = Path(args.home).absolute()
     ca_file = home / "keys" / "bus-ca.pem"
     newcomer = Newcomer(address=address, arch=args.arch or own_arch(), version=__version__)
-    joined = await join(token, newcomer, key_file=home / "keys" / "agent.nkey", ca_file=ca_file)
+    made = [folder for folder in (ca_file.parent, home) if not folder.exists()]
+    try:
+        joined = await join(token, newcomer, key_file=home / "keys" / "agent.nkey", ca_file=ca_file)
+    except McpError as error:
+        _remove_empty(made)
+        if isinstance(error, NobodyListens):
+            raise _no_master(token) from error
+        raise
     tables = agent_tables(joined.role, args.docker_url)
     if "heartbeat_s" in joined.settings:
         tables["health"] = {"heartbeat_s": float(joined.settings["heartbeat_s"])}  # type: ignore[dict-item]
@@ -247,6 +257,21 @@ async def _joined(args: argparse.Namespace) -> int:
         out.say(each)
     out.say(f"\nNext, where you work: mcp node show {joined.node}")
     return 0
+
+
+def _no_master(token: JoinToken) -> NobodyListens:
+    return NobodyListens(
+        f"cannot join: no master answers on the bus at {token.address}:{token.port}; nothing was changed",
+        hint="Start mcp-master there and run this line again: it stays valid until 5 minutes after it was made.",
+        code="no_master",
+    )
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that a join made in vain; one that something lies in stays."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _own_address(host: str, port: int) -> str:

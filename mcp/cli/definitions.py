@@ -15,6 +15,8 @@ from mcp.model.values import frozen
 MAX_FILE_BYTES = 100_000
 """More than a message may hold is no service definition."""
 
+HINT = "Give a file that says what the service is: `mcp deploy ./web.toml`; docs/service-definition.md has every key."
+
 
 @frozen(kw_only=True)
 class Definition:
@@ -78,12 +80,12 @@ def _find(argument: str, folder: Path) -> Path:
             file=str(by_name),
             hint=_known(folder) or f"Write it there, or give a path: `mcp deploy ./{argument}.toml`.",
         )
-    raise BadDefinition("is not there", file=str(path)[:200])
+    raise BadDefinition("is not there", file=str(path)[:200], hint=_known(folder) or HINT)
 
 
 def _is_file(path: Path) -> bool:
     try:
-        return path.is_file() or path.is_fifo() or path.is_dir()
+        return path.exists()
     except (OSError, ValueError):  # a name too long, or not to be encoded
         return False
 
@@ -97,11 +99,15 @@ def _known(folder: Path) -> str:
 
 
 def _text(path: Path) -> str:
+    if path.is_dir():
+        raise BadDefinition("is a folder", file=str(path), hint=HINT)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise BadDefinition(f"cannot be read: {(error.strerror or str(error)).lower()}", file=str(path)) from error
+    if not data.strip():
+        raise BadDefinition("is empty", file=str(path), hint=HINT)
     if len(data) > MAX_FILE_BYTES:
         raise BadDefinition(f"is larger than {MAX_FILE_BYTES} bytes", file=str(path))
     try:

@@ -53,15 +53,20 @@ def init(
     out = Output(settings_of(ctx))
     folder = (Path(home) if home else home_folder()).absolute()
     check_mesh_address(address)
-    made = init_bus(
-        folder,
-        address,
-        port,
-        name,
-        now_s=time.time(),
-        binary=binary,
-        agent_tables=agent_tables("master", docker_url),
-    )
+    try:
+        made = init_bus(
+            folder,
+            address,
+            port,
+            name,
+            now_s=time.time(),
+            binary=binary,
+            agent_tables=agent_tables("master", docker_url),
+        )
+    except McpError as error:
+        if error.code == "cannot_listen":  # there is no mcp-bus.toml yet that its hint could mean
+            error.hint = "Give an address that this machine has, and a port that is free: --address IP, --port NUMBER."
+        raise
     left = units.set_up(UNITS, folder, has_systemd=not no_systemd)
     if out.settings.is_json:
         out.result({"node": name, "home": str(folder), "files": [str(path) for path in made.files], "next": left})
@@ -144,6 +149,7 @@ def login(ctx: click.Context, file: str, force: bool) -> int:
     new = _parsed(text, file)
     path = settings.config_file
     kept = _kept_tables(path, new, force=force)
+    backup = _back_up(path, text) if force else ""
     _make_folder(path.parent)
     write_whole(path, text.rstrip("\n") + "\n" + kept, PRIVATE)
     reached, words = _try(settings, new)
@@ -155,9 +161,12 @@ def login(ctx: click.Context, file: str, force: bool) -> int:
                 "file": str(path),
                 "reached": reached,
             }
+            | ({"backup": backup} if backup else {})
         )
         return exits.DONE
     out.say(f"You are {new.operator} of the fleet at {new.bus.address}:{new.bus.port} ({path}).")
+    if backup:
+        out.say(f"What was there before is kept as {backup}.")
     if reached:
         out.say(words)
     else:
@@ -235,6 +244,21 @@ def _kept_tables(path: Path, new: CliConfig, *, force: bool) -> str:
     if old.timeout_s:
         tables["defaults"] = {"timeout_s": old.timeout_s}
     return toml_text(tables) if tables else ""
+
+
+def _back_up(path: Path, text: str) -> str:
+    """Keep a file that is about to be replaced by another one, private as it was; return where, empty: there is none."""
+    from mcp.bus.files import PRIVATE, write_whole
+
+    try:
+        old = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""  # nothing there, or nothing that could be used
+    if old.strip() == text.strip():
+        return ""
+    backup = path.with_name(path.name + ".bak")
+    write_whole(backup, old, PRIVATE)
+    return str(backup)
 
 
 def _make_folder(path: Path) -> None:

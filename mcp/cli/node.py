@@ -24,7 +24,7 @@ def node() -> None:
     """The nodes: list, show, why, invite, remove."""
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, hint: str = "") -> None:
     """Refuse what no node can be called, before anything is sent.
 
     Raises:
@@ -34,8 +34,8 @@ def check_name(name: str) -> None:
 
     if not is_node_name(name):
         raise exits.Usage(
-            f"{name[:60]!r} is no node name: lower-case letters, digits and dashes, at most 32, and no reserved word",
-            hint="`mcp node list` lists the nodes.",
+            f"{name[:60]!r} is no node name: lower-case letters, digits and dashes, at most 32, and no word of the bus",
+            hint=hint or "`mcp node list` lists the nodes.",
         )
 
 
@@ -160,7 +160,7 @@ def invite(ctx: click.Context, name: str, role: str) -> int:
     """
     from mcp.cli import session
 
-    check_name(name)
+    check_name(name, "Like `mcp node invite orion`; taken words are master, cli and the like.")
 
     async def work(connected: Session) -> int:
         made = await connected.change("invite_node", {"node": name, "role": role}, timeout_s=ENROLMENT_S)

@@ -32,6 +32,11 @@ LEARNING_S = 5.0
 
 AGAIN_S = 0.2
 
+HINT_OTHER = (
+    "Your file is of another fleet, or the bus was set up anew. On the master's machine `mcp operator add NAME > NAME.mcp`"
+    " makes a new one; then here: `mcp login NAME.mcp --force`."
+)
+
 # What the bus layer logs is for daemons; a command says itself what went wrong.
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -87,7 +92,8 @@ class Session:
             reason = f"cannot connect to the bus at {self.where}: no answer within {CONNECT_S:g} s"
             raise BusUnreachable(reason, hint=self._hint_no_bus()) from error
         except BusUnreachable as error:
-            error.hint = error.hint or self._hint_no_bus()
+            is_other = isinstance(error.__cause__, CertificateError)
+            error.hint = HINT_OTHER if is_other else error.hint or self._hint_no_bus()
             raise
         except NotPermitted as error:
             error.code = "wrong_credential"

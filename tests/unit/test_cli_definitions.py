@@ -60,3 +60,13 @@ def test_a_file_that_is_no_definition_is_a_bad_definition(content: bytes, folder
     with pytest.raises(BadDefinition) as caught:
         read_definitions(("odd.toml",), folder)
     assert "odd.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"), [("/dev/null", "is empty"), (".", "is a folder"), ("missing.toml", "is not there")]
+)
+def test_what_cannot_be_a_definition_is_answered_with_what_to_give(argument: str, reason: str, folder: Path) -> None:
+    with pytest.raises(BadDefinition) as caught:
+        read_definitions((argument,), folder)
+    assert reason in str(caught.value)
+    assert caught.value.hint

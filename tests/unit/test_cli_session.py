@@ -58,6 +58,7 @@ async def test_who_is_cut_off_by_a_reload_of_the_bus_tries_once_more(
 async def test_a_bus_that_is_not_there_is_not_asked_twice(cause: Exception) -> None:
     """An operator hears of it at once."""
     flaky = Flaky(caused(cause))
-    with pytest.raises(BusUnreachable):
+    with pytest.raises(BusUnreachable) as caught:
         await flaky._connected()
     assert flaky.attempts == 1
+    assert (caught.value.hint == session.HINT_OTHER) == isinstance(cause, ssl.CertificateError)
