@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PLAN_S = 60.0
 """A plan asks nodes and registries which platforms the images have."""
 
+ROUTES_NOTE = "routes: the node publishes their ports; host names, certificates and the edge are not served yet"
+
 
 @command("plan", examples=("mcp plan ./web.toml", "mcp plan web --node orion", "mcp plan web --json"))
 @click.argument("services", nargs=-1, metavar="SERVICE|FILE...", shell_complete=complete_services)
@@ -75,6 +77,8 @@ def _show_plan(session: Session, definition: Definition, node: str, made: Plain)
     for warning in made.get("warnings", ()):
         out.warn(f"warning: {safe(warning)}")
     steps = made.get("steps", ())
+    if is_first(made):
+        steps = [step for step in steps if step["step"] != "retire"]
     if not made.get("can_place", True):
         out.complain(str(made.get("reason", "")), str(made.get("hint", "")))
     elif not made.get("changes"):
@@ -82,7 +86,12 @@ def _show_plan(session: Session, definition: Definition, node: str, made: Plain)
     else:
         out.say(f"{name} on {safe(made.get('node', ''))}", "bold")
         out.table(("STEP", "NODE", "WHAT"), [(s["step"], s["node"], s.get("detail", "")) for s in steps], indent="  ")
-        out.say(f"  downtime: {safe(made.get('downtime') or 'none: the old copy serves until the new one is healthy')}")
+        if not is_first(made):
+            out.say(
+                f"  downtime: {safe(made.get('downtime') or 'none: the old copy serves until the new one is healthy')}"
+            )
+        if any(component.routes for component in definition.spec.components):
+            out.say(f"  {ROUTES_NOTE}")
     if made.get("differences"):
         out.say("\nWhat is different", "bold")
         for line in made["differences"]:
@@ -98,6 +107,12 @@ def _show_plan(session: Session, definition: Definition, node: str, made: Plain)
             f"\n{len(steps)} steps on {len(nodes)} node{'s' if len(nodes) != 1 else ''}; nothing has been changed. To do it:"
         )
         out.say(f"  {again} --world {safe(made.get('world', ''))}", "cyan")
+
+
+def is_first(made: Plain) -> bool:
+    """Say whether a plan is for a service of which nothing runs: its first generation, beside nothing."""
+    runs = next((str(step.get("detail", "")) for step in made.get("steps", ()) if step["step"] == "run"), "")
+    return runs.startswith("generation 1:") and not made.get("differences")
 
 
 def _placement(row: Plain, chosen: str) -> tuple[object, ...]:

@@ -160,6 +160,9 @@ def _show_service(out: Output, found: Plain, name: str) -> None:
             out.table(
                 ("ROUTE", "LISTENER", "MODE", "PUBLIC", "BACKEND"), [_route_row(route) for route in row["routes"]]
             )
+            out.say(
+                "not served yet: the backend answers on its node; certificates and the edge are still to come", "dim"
+            )
     if not found.get("services"):
         out.say(f"{safe(name)} is not known yet: the master is still asking its nodes")
 

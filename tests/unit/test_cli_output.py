@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp.cli import exits, output
+from mcp.cli.deploy import is_first
 from mcp.cli.output import Output, Progress, age, cut, safe, safe_lines, size, took, width_of
 from mcp.cli.settings import Settings
 from mcp.model import errors
@@ -166,3 +167,14 @@ def test_columns_that_can_be_spared_go_before_anything_is_cut(monkeypatch: pytes
         ["NODE", "HEALTH", "SEEN"],
         ["hyperborea", "healthy", "4", "s", "ago"],
     ]
+
+
+def test_a_plan_for_a_first_generation_is_known_from_its_steps() -> None:
+    def plan(generation: int, *differences: str) -> dict[str, Any]:
+        steps = [{"step": "pull", "detail": ""}, {"step": "run", "detail": f"generation {generation}: web"}]
+        return {"steps": steps, "differences": differences}
+
+    assert is_first(plan(1))
+    assert not is_first(plan(2))
+    assert not is_first(plan(1, "components[0].image: web:v1 -> web:v2"))
+    assert not is_first({"steps": ()})
