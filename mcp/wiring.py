@@ -329,7 +329,9 @@ async def _serve(actor: Any, transport: NatsTransport, ready: Callable[[], None]
         while not running.done():
             await asyncio.wait([running], timeout=1.0)
             if transport.closed_because:
-                raise Refused("credential_refused", transport.closed_because, hint="It was removed, or belongs to another fleet.")
+                raise Refused(
+                    "credential_refused", transport.closed_because, hint="It was removed, or belongs to another fleet."
+                )
         await running
     finally:
         while not running.done():
