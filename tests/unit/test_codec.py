@@ -24,7 +24,7 @@ from mcp.model.messages import EngineChanged, Failed, Heartbeat, LogLine, LogLin
 from mcp.model.spec import ServiceSpec
 
 KINDS = sorted(CATALOGUE)
-COSTLY_S = 0.25
+COSTLY_S = 1.5
 """Of processor time, on the slowest machine of ours under load; some 5 ms where nothing else runs."""
 
 
