@@ -49,8 +49,9 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 def fleet(*, with_engine: bool) -> Iterator[DemoFleet]:
     """Give a four-node fleet of real processes, removed afterwards; its code is compiled, as pip leaves what it installs."""
     compileall.compile_dir(Path(mcp.__file__).parent, quiet=1)
-    folder = Path(tempfile.mkdtemp(prefix="mcp-bench-"))
-    with DemoFleet(
-        folder / "fleet", engine_url=default_engine_url() if with_engine else "", network="mcpbench"
-    ) as made:
+    engine_url = default_engine_url() if with_engine else ""
+    with (
+        tempfile.TemporaryDirectory(prefix="mcp-bench-") as folder,
+        DemoFleet(Path(folder) / "fleet", engine_url=engine_url, network="mcpbench") as made,
+    ):
         yield made
